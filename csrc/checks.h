@@ -1,0 +1,74 @@
+// checks.h - what every op verifies before it touches memory, for the CPU and the CUDA library alike.
+//
+// Python has already refused bad input with friendlier words; these guard direct callers of the ops.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "shapes.h"
+
+namespace relpos {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+#define RELPOS_CHECK(condition, ...) STD_TORCH_CHECK(condition, "relpos_cuda: ", __VA_ARGS__)
+
+inline const char* name_of(ScalarType t) {
+  switch (t) {
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::BFloat16: return "bfloat16";
+    case ScalarType::Int: return "int32";
+    default: return "an unsupported dtype";
+  }
+}
+
+inline void check_buffer(const char* name, const Tensor& t, ScalarType dtype, int64_t numel) {
+  RELPOS_CHECK(t.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ", name_of(t.scalar_type()));
+  RELPOS_CHECK(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
+  RELPOS_CHECK(t.is_contiguous(), name, " must be contiguous");
+}
+
+// Where the rows of q are, in elements; the last axis is contiguous.
+struct QueryStrides {
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+// Reads sizes and strides of q, [B, heads, M, D] or [G, M, D], and checks all that must agree with them.
+inline Shape check_problem(const Tensor& q, const Tensor& table, const Tensor& index,
+                           const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int64_t prefix,
+                           QueryStrides& strides) {
+  const int64_t dim = q.dim();
+  RELPOS_CHECK(dim == 3 || dim == 4, "q must be [B, heads, S, D] or [B * heads, S, D], got ", dim, " dimensions");
+  RELPOS_CHECK(q_size.size() == k_size.size() && (q_size.size() == 2 || q_size.size() == 3),
+               "q_size and k_size must both be (h, w) or (t, h, w)");
+  RELPOS_CHECK(prefix >= 0 && prefix < (1 << 30), "num_prefix_tokens is out of range: ", prefix);
+  for (size_t a = 0; a < q_size.size(); ++a)
+    RELPOS_CHECK(q_size[a] > 0 && k_size[a] > 0 && q_size[a] < (1 << 24) && k_size[a] < (1 << 24),
+                 "grid sizes must be between 1 and 2^24");
+  Shape s;
+  set_grid(s, q_size.data(), k_size.data(), static_cast<int>(q_size.size()));
+  s.heads = dim == 4 ? static_cast<int>(q.size(1)) : 1;
+  s.groups = q.size(0) * s.heads;
+  s.D = static_cast<int>(q.size(-1));
+  s.prefix = static_cast<int>(prefix);
+  strides = {q.stride(0), dim == 4 ? q.stride(1) : 0, q.stride(dim - 2)};
+  RELPOS_CHECK(q.size(dim - 2) == s.M(), "q has ", q.size(dim - 2), " tokens, the grid has ", s.M());
+  RELPOS_CHECK(s.D > 0 && (s.D == 1 || q.stride(-1) == 1 || q.numel() == 0), "the last axis of q must be contiguous");
+  RELPOS_CHECK(table.dim() == 2 && table.size(0) == s.table_rows() && table.size(1) == s.D && table.is_contiguous(),
+               "table must be contiguous [", s.table_rows(), ", ", s.D, "]");
+  check_buffer("index", index, ScalarType::Int, index_length(s));
+  return s;
+}
+
+inline int64_t row_offset(const Shape& s, const QueryStrides& strides, int64_t group, int64_t m) {
+  return group / s.heads * strides.batch + group % s.heads * strides.head + m * strides.row;
+}
+
+}  // namespace relpos

@@ -1,0 +1,26 @@
+// dispatch.h - runtime dtypes become template types, here and nowhere else.
+#pragma once
+#include "../checks.h"
+#include "runtime.h"
+
+namespace relpos {
+
+template <typename T>
+struct Type {
+  using type = T;
+};
+
+// f(Type<S>, Type<T>) for the dtypes of the logits and of q: the same, or float32 logits with half precision q.
+template <typename F>
+void dispatch_dtypes(ScalarType logits, ScalarType q, F&& f) {
+  if (logits == ScalarType::Float && q == ScalarType::Float) return f(Type<float>{}, Type<float>{});
+  if (logits == ScalarType::Half && q == ScalarType::Half) return f(Type<__half>{}, Type<__half>{});
+  if (logits == ScalarType::BFloat16 && q == ScalarType::BFloat16)
+    return f(Type<__nv_bfloat16>{}, Type<__nv_bfloat16>{});
+  if (logits == ScalarType::Float && q == ScalarType::Half) return f(Type<float>{}, Type<__half>{});
+  if (logits == ScalarType::Float && q == ScalarType::BFloat16) return f(Type<float>{}, Type<__nv_bfloat16>{});
+  RELPOS_CHECK(false, "no kernel for ", name_of(logits), " logits with ", name_of(q),
+               " q; built for float16, bfloat16 and float32, and float32 logits with half precision q");
+}
+
+}  // namespace relpos

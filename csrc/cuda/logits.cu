@@ -1,0 +1,142 @@
+// logits.cu - the logits ops on the GPU: check, fill params, plan, launch.
+#include <torch/csrc/stable/library.h>
+
+#include <type_traits>
+
+#include "../checks.h"
+#include "../plan.h"
+#include "dispatch.h"
+#include "logits_bwd.cuh"
+#include "logits_fwd.cuh"
+#include "table_grad.cuh"
+
+#ifndef RELPOS_OPS
+#define RELPOS_OPS relpos_cuda
+#define RELPOS_DEVICE CUDA
+#endif
+
+namespace relpos {
+namespace {
+
+bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+// Tensor-core prologues read q in pairs of elements.
+bool rows_are_aligned(const Tensor& q, const QueryStrides& strides) {
+  return is_aligned(q.const_data_ptr(), 4) && strides.batch % 2 == 0 && strides.head % 2 == 0 && strides.row % 2 == 0;
+}
+
+void fill(LogitsParams& p, const Shape& s, const QueryStrides& strides, const Tensor& q, const Tensor& table,
+          const Tensor& index, const LogitsPlan& plan) {
+  RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
+  p.shape = s;
+  p.q = {q.const_data_ptr(), strides.batch, strides.head, strides.row};
+  p.table = table.const_data_ptr();
+  p.index = index.const_data_ptr<int32_t>();
+  p.block_rows = plan.block_rows;
+  p.factor_ld = plan.factor_ld;
+  p.q_ld = plan.q_ld;
+}
+
+void check_logits(const char* name, const Tensor& t, const Tensor& q, const Tensor& table, const Shape& s) {
+  RELPOS_CHECK(table.scalar_type() == q.scalar_type(), "table is ", name_of(table.scalar_type()), ", q is ",
+               name_of(q.scalar_type()));
+  check_buffer(name, t, t.scalar_type(), s.rows() * s.N());
+  RELPOS_CHECK(is_aligned(t.const_data_ptr(), 16), name, " must start at a multiple of 16 bytes");
+}
+
+void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, const Tensor& table,
+                const Tensor& index, std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix) {
+  QueryStrides strides;
+  const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
+  const Tensor& logits = attn ? *attn : out;
+  check_logits("out", out, q, table, s);
+  check_logits("attn", logits, q, table, s);
+  RELPOS_CHECK(logits.scalar_type() == out.scalar_type(), "attn and out must have the same dtype");
+  if (s.rows() == 0) return;
+
+  const OnDevice device(out);
+  dispatch_dtypes(out.scalar_type(), q.scalar_type(), [&](auto logits_type, auto q_type) {
+    using S = typename decltype(logits_type)::type;
+    using T = typename decltype(q_type)::type;
+    const LogitsPlan plan =
+        plan_logits(Direction::kForward, s, sizeof(T), sizeof(S), rows_are_aligned(q, strides), device.arch());
+    LogitsFwdParams p;
+    fill(p, s, strides, q, table, index, plan);
+    p.logits = logits.const_data_ptr();
+    p.out = out.mutable_data_ptr();
+    p.by_n = FastDiv(static_cast<int>(s.N()));
+    p.by_keys_w = FastDiv(s.axis[kW].keys);
+    p.by_keys_h = FastDiv(s.axis[kH].keys);
+    auto kernel = logits_fwd_kernel<S, T, false>;
+    if constexpr (sizeof(T) == 2)
+      if (plan.tensor_cores) kernel = logits_fwd_kernel<S, T, true>;
+    device.launch(kernel, dim3(static_cast<unsigned>(plan.grid)), kThreads, plan.shared_bytes, p);
+  });
+}
+
+template <typename T>
+void launch_table_gradient(const OnDevice& device, const Shape& s, const QueryStrides& strides, const Tensor& q,
+                           const Tensor& index, const Tensor& factors, const Tensor& partials, Tensor& dtable) {
+  TableGradParams p;
+  p.shape = s;
+  p.q = {q.const_data_ptr(), strides.batch, strides.head, strides.row};
+  p.index = index.const_data_ptr<int32_t>();
+  p.dfactors = factors.const_data_ptr<float>();
+  p.partials = partials.mutable_data_ptr<float>();
+  p.dtable = dtable.mutable_data_ptr<float>();
+  p.pairs = partials.size(1);
+  p.splits = static_cast<int>(partials.size(0));
+  int coordinates = 0;
+  for (const Axis& a : s.axis) coordinates += a.rows ? a.queries : 0;
+  device.launch(table_partial_kernel<T>, dim3(coordinates, p.splits), kThreads,
+                kGradRows * (kGradKeys + kGradD) * sizeof(float), p);
+  device.launch(table_sum_kernel, dim3(s.table_rows()), kThreads, 0, p);
+}
+
+void check_work_spaces(const Shape& s, const std::optional<Tensor>& factors, const std::optional<Tensor>& partials) {
+  RELPOS_CHECK(factors && partials, "dtable needs the work spaces factors and partials");
+  int64_t pairs = 0;
+  for (const Axis& a : s.axis) pairs += a.rows ? static_cast<int64_t>(a.queries) * a.keys : 0;
+  RELPOS_CHECK(partials->dim() == 3 && partials->size(0) >= 1 && partials->size(0) <= 65535, "partials must be [splits, ",
+               pairs, ", ", s.D, "]");
+  check_buffer("factors", *factors, ScalarType::Float, s.rows() * s.factors());
+  check_buffer("partials", *partials, ScalarType::Float, partials->size(0) * pairs * s.D);
+}
+
+void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q,
+                const Tensor& table, const Tensor& index, const std::optional<Tensor>& factors,
+                const std::optional<Tensor>& partials, std::vector<int64_t> q_size, std::vector<int64_t> k_size,
+                int64_t prefix) {
+  QueryStrides strides;
+  const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
+  check_logits("grad", grad, q, table, s);
+  if (dq) check_buffer("dq", *dq, q.scalar_type(), q.numel());
+  if (dtable) check_buffer("dtable", *dtable, ScalarType::Float, table.numel());
+  if (dtable) check_work_spaces(s, factors, partials);
+  const OnDevice device(grad);
+  dispatch_dtypes(grad.scalar_type(), q.scalar_type(), [&](auto grad_type, auto q_type) {
+    using S = typename decltype(grad_type)::type;
+    using T = typename decltype(q_type)::type;
+    if (s.rows() > 0) {
+      const LogitsPlan plan = plan_logits(Direction::kBackward, s, sizeof(T), sizeof(S), true, device.arch());
+      LogitsBwdParams p;
+      fill(p, s, strides, q, table, index, plan);
+      p.grad = grad.const_data_ptr();
+      p.dq = dq ? dq->mutable_data_ptr() : nullptr;
+      p.dfactors = dtable ? factors->mutable_data_ptr<float>() : nullptr;
+      const int keys_w = s.axis[kW].keys;
+      p.lanes_own_columns = s.prefix == 0 && keys_w % kVector<S> == 0 && 32 * kVector<S> % keys_w == 0;
+      p.by_lanes_d = FastDiv(ceil_div(s.D, 4));
+      device.launch(logits_bwd_kernel<S, T>, dim3(static_cast<unsigned>(plan.grid)), kThreads, plan.shared_bytes, p);
+    }
+    if (dtable) launch_table_gradient<T>(device, s, strides, q, index, *factors, *partials, *dtable);
+  });
+}
+
+STABLE_TORCH_LIBRARY_IMPL(RELPOS_OPS, RELPOS_DEVICE, m) {
+  m.impl("logits_fwd", TORCH_BOX(&logits_fwd));
+  m.impl("logits_bwd", TORCH_BOX(&logits_bwd));
+}
+
+}  // namespace
+}  // namespace relpos

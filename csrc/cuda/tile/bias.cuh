@@ -1,0 +1,108 @@
+// bias.cuh - the factors of a tile: factors[m, axis.factor + i] = <q[m], table[index[c(m), i]]>.
+//
+// Queries of a tile use a short range of table rows on each axis, though each query another window of it. So the
+// product of the tile with the whole range is formed, and every element goes to the key that `inverse` names:
+//
+//                table rows l, low .. high
+//               +--------------------------+
+//   queries m   | . . k2 k1 k0 .  .  .  .  |      k0, k1, ...: the keys of this query
+//               | . . .  k2 k1 k0 .  .  .  |      . : computed, not used
+//               +--------------------------+
+#pragma once
+#include "copy.cuh"
+#include "rows.cuh"
+
+namespace relpos {
+
+struct FactorTile {
+  const RowOfTile* rows;
+  int count;  // rows of the tile that exist
+  float* factors;
+  int ld;
+};
+
+__device__ __forceinline__ void put_factor(const FactorTile& tile, const LogitsParams& p, int a, int row, int l,
+                                           int high, float value) {
+  const Axis& axis = p.shape.axis[a];
+  if (row >= tile.count || l > high) return;
+  const int c = tile.rows[row].coordinate[a];
+  if (c < 0) return;
+  const int key = p.index[axis.inverse + c * axis.rows + l - axis.first_row];
+  if (key >= 0) tile.factors[row * tile.ld + axis.factor + key] = value;
+}
+
+// Tensor cores: a warp takes 16 queries and 32 table rows at a time. q is in shared memory, zero past D.
+template <typename T>
+__device__ __forceinline__ void axis_factors_mma(const FactorTile& tile, const LogitsParams& p, int a, int low,
+                                                 int high, const T* q_smem) {
+  constexpr int kBlocks = 4;  // of 8 table rows, sharing the fragments of q
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int strips = ceil_div(tile.count, 16), spans = ceil_div(high - low + 1, 8 * kBlocks);
+  const int D = p.shape.D;
+  const T* table = static_cast<const T*>(p.table);
+  for (int item = warp; item < strips * spans; item += kWarps) {
+    const int strip = item % strips, l0 = low + item / strips * 8 * kBlocks;
+    float acc[kBlocks][4] = {};
+    for (int k0 = 0; k0 < D; k0 += 16) {
+      uint32_t q_regs[4];
+      ldmatrix_x4(q_regs, q_smem + (strip * 16 + lane % 16) * p.q_ld + k0 + lane / 16 * 8);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        const int l = l0 + n * 8 + lane / 4, d = k0 + lane % 4 * 2;
+        const T* pair = table + static_cast<int64_t>(l) * D + d;
+        const uint32_t table_regs[2] = {l <= high ? *reinterpret_cast<const uint32_t*>(pair) : 0u,
+                                        l <= high && d + 8 < D ? *reinterpret_cast<const uint32_t*>(pair + 8) : 0u};
+        mma_m16n8k16<T>(acc[n], q_regs, table_regs);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        put_factor(tile, p, a, strip * 16 + lane / 4 + e / 2 * 8, l0 + n * 8 + lane % 4 * 2 + e % 2, high, acc[n][e]);
+  }
+}
+
+// Without tensor cores: a lane takes one table row and 8 queries at a time. q is in shared memory as float.
+template <typename T>
+__device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const LogitsParams& p, int a, int low,
+                                                  int high, const float* q_smem) {
+  constexpr int kQueries = 8;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int strips = ceil_div(tile.count, kQueries), spans = ceil_div(high - low + 1, 32);
+  const int D = p.shape.D;
+  const T* table = static_cast<const T*>(p.table);
+  for (int item = warp; item < strips * spans; item += kWarps) {
+    const int first = item % strips * kQueries, l = low + item / strips * 32 + lane;
+    const T* table_row = table + static_cast<int64_t>(min(l, high)) * D;
+    float acc[kQueries] = {};
+    for (int d = 0; d < D; d += 4) {
+      float t[4];
+      load4(table_row + d, D - d, D % 4 == 0, t);
+#pragma unroll
+      for (int r = 0; r < kQueries; ++r) {
+        const int row = min(first + r, tile.count - 1);
+        const float4 x = *reinterpret_cast<const float4*>(q_smem + row * p.q_ld + d);
+        acc[r] += x.x * t[0] + x.y * t[1] + x.z * t[2] + x.w * t[3];
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kQueries; ++r) put_factor(tile, p, a, first + r, l, high, acc[r]);
+  }
+}
+
+// The tile's queries in shared memory: as they are for the tensor cores, else as float. Zero past D and past `count`.
+template <typename T, typename U>
+__device__ __forceinline__ void stage_queries(const FactorTile& tile, const LogitsParams& p, U* q_smem) {
+  const T* q = static_cast<const T*>(p.q.data);
+  const int width = p.q_ld, rows = sizeof(U) == 2 ? p.block_rows : tile.count;
+  for (int i = threadIdx.x; i < rows * width; i += kThreads) {
+    const int row = i / width, d = i - row * width;
+    const bool exists = row < tile.count && d < p.shape.D;
+    const T x = exists ? q[tile.rows[row].q_offset + d] : from_float<T>(0.f);
+    if constexpr (sizeof(U) == 2) q_smem[i] = x;
+    else q_smem[i] = to_float(x);
+  }
+}
+
+}  // namespace relpos

@@ -1,0 +1,65 @@
+// params.h - what a kernel is given: one struct per kernel, filled field by field by the launcher.
+#pragma once
+#include "plan.h"
+
+namespace relpos {
+
+// Division of a non-negative int below 2^31 by a constant that is known on the host only.
+struct FastDiv {
+  uint32_t divisor = 1, multiplier = 0, shift = 0;
+
+  FastDiv() = default;
+  explicit FastDiv(int d) : divisor(static_cast<uint32_t>(d)) {
+    while ((uint64_t{1} << shift) < divisor) ++shift;
+    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - divisor)) / divisor + 1);
+  }
+  RELPOS_HD int divide(int n) const {
+    const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(n)) * multiplier;
+    return static_cast<int>((static_cast<uint32_t>(product >> 32) + static_cast<uint32_t>(n)) >> shift);
+  }
+  RELPOS_HD int divide(int n, int& remainder) const {
+    const int quotient = divide(n);
+    remainder = n - quotient * static_cast<int>(divisor);
+    return quotient;
+  }
+};
+
+struct QueryRows {  // q, its strides in elements
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0;
+};
+
+struct LogitsParams {
+  Shape shape;
+  QueryRows q;
+  const void* table = nullptr;     // [table rows, D], dtype of q
+  const int32_t* index = nullptr;  // csrc/shapes.h
+  int block_rows = 0, factor_ld = 0, q_ld = 0;
+};
+
+struct LogitsFwdParams : LogitsParams {
+  const void* logits = nullptr;  // [rows, N]; may be `out`
+  void* out = nullptr;
+  FastDiv by_n, by_keys_w, by_keys_h;
+};
+
+struct LogitsBwdParams : LogitsParams {
+  const void* grad = nullptr;  // [rows, N]
+  void* dq = nullptr;          // [rows, D] or null
+  float* dfactors = nullptr;   // [rows, factors] or null
+  bool lanes_own_columns = false;
+  FastDiv by_lanes_d;          // threads that share a row of dq
+};
+
+struct TableGradParams {
+  Shape shape;
+  QueryRows q;
+  const int32_t* index = nullptr;
+  const float* dfactors = nullptr;  // [rows, factors]
+  float* partials = nullptr;        // [splits, pairs, D]
+  float* dtable = nullptr;          // [table rows, D]
+  int64_t pairs = 0;                // of a query and a key coordinate, all axes
+  int splits = 0;
+};
+
+}  // namespace relpos

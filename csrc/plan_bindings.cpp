@@ -1,0 +1,62 @@
+// plan_bindings.cpp - the planner for Python. No torch header, so it builds in seconds and runs anywhere.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "plan.h"
+
+namespace py = pybind11;
+
+namespace relpos {
+namespace {
+
+struct NamedPlan {
+  std::string kernel, refusal;
+  int block_rows, threads;
+  int64_t shared_bytes, grid;
+};
+
+int bytes_of(const std::string& dtype) {
+  static const std::map<std::string, int> bytes = {{"float16", 2}, {"bfloat16", 2}, {"float32", 4}, {"float64", 8}};
+  const auto found = bytes.find(dtype);
+  if (found == bytes.end()) throw std::invalid_argument("dtype must be a floating point name, got " + dtype);
+  return found->second;
+}
+
+NamedPlan plan(const std::string& direction, const std::string& dtype, int64_t groups,
+               const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int head_dim,
+               int num_prefix_tokens, int arch) {
+  if (direction != "forward" && direction != "backward")
+    throw std::invalid_argument("direction must be forward or backward, got " + direction);
+  if (q_size.size() != k_size.size() || (q_size.size() != 2 && q_size.size() != 3))
+    throw std::invalid_argument("q_size and k_size must both be (h, w) or (t, h, w)");
+  Shape s;
+  set_grid(s, q_size.data(), k_size.data(), static_cast<int>(q_size.size()));
+  s.groups = groups;
+  s.D = head_dim;
+  s.prefix = num_prefix_tokens;
+  const Direction way = direction == "forward" ? Direction::kForward : Direction::kBackward;
+  const LogitsPlan p = plan_logits(way, s, bytes_of(dtype), bytes_of(dtype), true, arch);
+  return {p.kernel(way), p.refusal, p.block_rows, kThreads, p.shared_bytes, p.grid};
+}
+
+}  // namespace
+}  // namespace relpos
+
+PYBIND11_MODULE(_plan, m) {
+  using relpos::NamedPlan;
+  m.doc() = "Which kernel, tile and shared memory a problem gets on an architecture.";
+  py::class_<NamedPlan>(m, "LogitsPlan")
+      .def_readonly("kernel", &NamedPlan::kernel)
+      .def_readonly("refusal", &NamedPlan::refusal)
+      .def_readonly("block_rows", &NamedPlan::block_rows)
+      .def_readonly("threads", &NamedPlan::threads)
+      .def_readonly("shared_bytes", &NamedPlan::shared_bytes)
+      .def_readonly("grid", &NamedPlan::grid);
+  m.def("plan_logits", &relpos::plan, py::arg("direction"), py::arg("dtype"), py::arg("groups"), py::arg("q_size"),
+        py::arg("k_size"), py::arg("head_dim"), py::arg("num_prefix_tokens"), py::arg("arch"));
+}

@@ -1,0 +1,11 @@
+"""Fused decomposed relative position attention for PyTorch.
+
+Source: https://arxiv.org/abs/2112.01526 (MViTv2) defines the term; SAM and ViTDet made it ubiquitous.
+"""
+
+from . import reference
+from .functional import add_decomposed_rel_pos, decomposed_rel_pos, get_rel_pos
+from .support import is_supported
+
+__version__ = "0.1.0"
+__all__ = ["add_decomposed_rel_pos", "decomposed_rel_pos", "get_rel_pos", "is_supported", "reference"]

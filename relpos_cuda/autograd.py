@@ -1,0 +1,100 @@
+"""Gradients: one torch.autograd.Function per op, nothing of size S x S saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import _fallback, _ops, support, tables
+
+_VECTOR_BYTES = 16  # what the CUDA kernels load and store at once
+_TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy ...
+_QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
+
+
+class AddDecomposedRelPos(torch.autograd.Function):
+    """``attn + bias(q, table)``; the gradient of ``attn`` is the incoming one, untouched and not copied."""
+
+    @staticmethod
+    def forward(
+        attn: Tensor,  # [..., M, N]
+        q: Tensor,  # [B, heads, M, D] or [G, M, D]
+        table: Tensor,  # [rows, D]
+        index: Tensor,
+        q_size: tables.Grid,
+        k_size: tables.Grid,
+        num_prefix_tokens: int,
+        inplace: bool,
+    ) -> Tensor:
+        problem = (q_size, k_size, num_prefix_tokens)
+        operands = (_with_contiguous_rows(q), table.to(q.dtype), index, *problem)
+        run = _ops.logits_fwd if support.fused(q, *problem) else _fallback.logits_fwd
+        if inplace:
+            dense = _dense(attn)
+            run(dense, None, *operands)
+            return attn if dense is attn else attn.copy_(dense)
+        out = torch.empty_like(attn, memory_format=torch.contiguous_format)
+        run(out, _dense(attn), *operands)
+        return out
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        attn, q, table, index, *problem, inplace = inputs
+        ctx.save_for_backward(q, table, index)
+        ctx.problem = tuple(problem)
+        if inplace:
+            ctx.mark_dirty(attn)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, table, index = ctx.saved_tensors
+        q_size, k_size, _ = ctx.problem
+        needs_attn, needs_q, needs_table = ctx.needs_input_grad[:3]
+        d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs_q else None
+        d_table = torch.empty(table.shape, dtype=_wide(q.dtype), device=q.device) if needs_table else None
+        if needs_q or needs_table:
+            work_spaces = _work_spaces(q, q_size, k_size, needs_table)
+            operands = (_dense(grad), _with_contiguous_rows(q), table.to(q.dtype), index)
+            run = _ops.logits_bwd if support.fused(q, *ctx.problem) else _fallback.logits_bwd
+            run(d_q, d_table, *operands, *work_spaces, *ctx.problem)
+        d_table = None if d_table is None else d_table.to(table.dtype)
+        return grad if needs_attn else None, d_q, d_table, None, None, None, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _with_contiguous_rows(q: Tensor) -> Tensor:
+    return q if q.stride(-1) == 1 or q.shape[-1] == 1 else q.contiguous()
+
+
+def _dense(logits: Tensor) -> Tensor:
+    """Logits as the kernels stream them: contiguous, and on the GPU starting at a whole vector."""
+    aligned = not logits.is_cuda or logits.storage_offset() * logits.element_size() % _VECTOR_BYTES == 0
+    if logits.is_contiguous():
+        return logits if aligned else logits.clone()
+    return logits.contiguous()
+
+
+def _work_spaces(
+    q: Tensor, q_size: tables.Grid, k_size: tables.Grid, table_gradient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the CUDA backward: the gradient of every factor, and the table gradient before its last, ordered sum."""
+    if not table_gradient or not _needs_work_spaces(q):
+        return None, None
+    queries, head_dim = q.shape[:-1].numel(), q.shape[-1]
+    pairs = sum(a * b for a, b in zip(q_size, k_size, strict=True))
+    rows_per_coordinate = queries // max(q_size)
+    splits = max(1, min(64, _TABLE_BLOCKS // sum(q_size), rows_per_coordinate // _QUERIES_PER_BLOCK))
+    factors = torch.empty((queries, sum(k_size)), dtype=torch.float32, device=q.device)
+    partials = torch.empty((splits, pairs, head_dim), dtype=torch.float32, device=q.device)
+    return factors, partials
+
+
+def _needs_work_spaces(q: Tensor) -> bool:
+    return q.is_cuda

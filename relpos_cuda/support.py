@@ -1,0 +1,76 @@
+"""Which problems the native kernels take; everything else goes to the PyTorch path, with one warning that says why."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+
+import torch
+from torch import Tensor
+
+from . import _loader, tables
+
+
+def is_supported(
+    q: Tensor,
+    q_size: tables.Grid,
+    k_size: tables.Grid,
+    *,
+    num_prefix_tokens: int = 0,
+) -> str | None:
+    """Whether :func:`relpos_cuda.add_decomposed_rel_pos` runs its fused kernels on this problem.
+
+    Args:
+        q: Queries as for the op, ``[B, heads, S, D]`` or ``[G, S, D]``; only shape, dtype and device are read.
+        q_size, k_size: Grids, ``(h, w)`` or ``(t, h, w)``.
+        num_prefix_tokens: Class tokens in front of both grids.
+
+    Returns:
+        None if a fused kernel takes it; otherwise the reason why the slower PyTorch path will be used.
+    """
+    return refusal(
+        q.device.type, str(q.dtype).removeprefix("torch."), tuple(q_size), tuple(k_size), q.shape[-1], num_prefix_tokens
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def refusal(
+    device: str, dtype: str, q_size: tables.Grid, k_size: tables.Grid, head_dim: int, num_prefix_tokens: int
+) -> str | None:
+    """The reason, from plain values: cached, and a constant for torch.compile."""
+    if device not in ("cpu", "cuda"):
+        return f"there is no kernel for {device} tensors"
+    if device == "cpu":
+        return None
+    if dtype == "float64":
+        return "float64 has no CUDA kernel"
+    if not tables.host_lookup(q_size, k_size).one_to_one:
+        return f"two keys share a table row for q_size={q_size}, k_size={k_size}"
+    planner = _loader.plan()
+    if planner is None:
+        return "the planner is not built"
+    for direction in ("forward", "backward"):
+        plan = planner.plan_logits(direction, dtype, 1, q_size, k_size, head_dim, num_prefix_tokens, 80)
+        if plan.refusal:
+            return str(plan.refusal)
+    return None
+
+
+refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=64)
+def warn_once(reason: str) -> None:
+    warnings.warn(f"relpos_cuda: using the slower PyTorch path: {reason}", RuntimeWarning, stacklevel=2)
+
+
+def fused(q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int) -> bool:
+    """Whether to call the dispatcher op; it finds its own fallback on devices that have no kernels at all."""
+    if q.device.type != "cuda":
+        return True
+    reason = is_supported(q, q_size, k_size, num_prefix_tokens=num_prefix_tokens)
+    if reason is None:
+        return True
+    if not torch.compiler.is_compiling():
+        warn_once(reason)
+    return False

@@ -1,0 +1,88 @@
+"""Tables of learned vectors: which row a pair of coordinates uses, and how a table is resized.
+
+The index rule is the one all libraries share (segment_anything's order of operations), evaluated on the host in
+float32: for sizes without an integer ratio, other precisions select other rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+Grid = tuple[int, ...]  # (h, w) or (t, h, w)
+
+
+def rows_of(q: int, k: int) -> int:
+    """Rows a table needs for ``q`` query and ``k`` key coordinates: one per offset on the finer grid."""
+    return 2 * max(q, k) - 1
+
+
+def index(q: int, k: int) -> Tensor:
+    """Row of the table for every pair of coordinates, ``[q, k]`` int64 on the CPU."""
+    with torch.inference_mode(False), _disable_current_modes():
+        queries = torch.arange(q, dtype=torch.float32, device="cpu")[:, None] * max(k / q, 1.0)
+        keys = torch.arange(k, dtype=torch.float32, device="cpu")[None, :] * max(q / k, 1.0)
+        return ((queries - keys) + (k - 1) * max(q / k, 1.0)).long()
+
+
+class Lookup(NamedTuple):
+    """The ``index`` argument of the ops (csrc/shapes.h) before it becomes a tensor."""
+
+    values: list[int]  # rows of all axes, then their inverses
+    one_to_one: bool  # no two keys of a query share a row: what the CUDA kernels need
+
+
+@functools.lru_cache(maxsize=256)
+def host_lookup(q_size: Grid, k_size: Grid) -> Lookup:
+    """Both directions of the index for all axes, the tables being stacked in the order of the axes."""
+    forward: list[int] = []
+    inverse: list[int] = []
+    first_row = 0
+    one_to_one = True
+    for q, k in zip(q_size, k_size, strict=True):
+        rows = rows_of(q, k)
+        axis = index(q, k)
+        back = torch.full((q, rows), -1, dtype=torch.int64)
+        back.scatter_(1, axis, torch.arange(k).expand(q, k))
+        one_to_one &= bool(((back >= 0).sum(1) == k).all())
+        forward += (axis + first_row).flatten().tolist()
+        inverse += back.flatten().tolist()
+        first_row += rows
+    return Lookup(forward + inverse, one_to_one)
+
+
+@functools.lru_cache(maxsize=256)
+def _device_lookup(q_size: Grid, k_size: Grid, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), _disable_current_modes():
+        return torch.tensor(host_lookup(q_size, k_size).values, dtype=torch.int32, device=device)
+
+
+def lookup(q_size: Grid, k_size: Grid, device: torch.device) -> Tensor:
+    """The ``index`` argument of the ops, int32 on ``device``; cached, so that nothing syncs after the first call."""
+    if torch._C._len_torch_dispatch_stack():  # being traced: a constant of the graph, never a cached fake
+        return torch.tensor(host_lookup(q_size, k_size).values, dtype=torch.int32, device=device)
+    return _device_lookup(q_size, k_size, device)
+
+
+# torch.compile takes the result as a constant (torch.compiler.assume_constant_result would import dynamo now).
+lookup._dynamo_marked_constant = True  # type: ignore[attr-defined]
+host_lookup._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def resize(table: Tensor, rows: int) -> Tensor:
+    """``table`` linearly interpolated to ``rows`` rows (align_corners=False); itself if it has them already."""
+    if table.shape[0] == rows:
+        return table
+    resized = F.interpolate(table.t()[None], size=rows, mode="linear")
+    return resized[0].t()
+
+
+def stack(tables: list[Tensor], q_size: Grid, k_size: Grid) -> Tensor:
+    """The ``table`` argument of the ops: every axis' table resized, one after another, ``[rows, D]``."""
+    resized = [resize(t, rows_of(q, k)) for t, q, k in zip(tables, q_size, k_size, strict=True)]
+    return torch.cat(resized)
