@@ -48,7 +48,7 @@ struct LogitsBwdParams : LogitsParams {
   void* dq = nullptr;          // [rows, D] or null
   float* dfactors = nullptr;   // [rows, factors] or null
   bool lanes_own_columns = false;
-  FastDiv by_lanes_d;          // threads that share a row of dq
+  FastDiv by_quads;            // of elements in a row of dq
 };
 
 struct TableGradParams {
@@ -60,6 +60,10 @@ struct TableGradParams {
   float* dtable = nullptr;          // [table rows, D]
   int64_t pairs = 0;                // of a query and a key coordinate, all axes
   int splits = 0;
+  FastDiv by_heads;
+  struct {
+    FastDiv by_per_group, by_inner;  // queries of a group with the same coordinate; queries per step of it
+  } of_axis[kAxes];
 };
 
 }  // namespace relpos

@@ -21,6 +21,7 @@ Limits limits_of(int arch) {
 
 constexpr int64_t kReservedPerBlock = 1024;
 constexpr int kBlocksPerSm = 2;  // hide one block's prologue behind the other's stream
+constexpr int64_t kMaxOffset = (int64_t{1} << 31) - 4096;  // of an element within a block's slab
 
 }  // namespace
 
@@ -30,37 +31,30 @@ std::string LogitsPlan::kernel(Direction direction) const {
   return name + (tensor_cores ? "_mma" : "_simt");
 }
 
-LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int logits_bytes, bool q_rows_aligned,
-                       int arch) {
+LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int logits_bytes, bool aligned, int arch) {
   LogitsPlan plan;
   const bool forward = direction == Direction::kForward;
-  plan.tensor_cores = forward && q_bytes == 2 && s.D % 8 == 0 && q_rows_aligned;
+  plan.tensor_cores = q_bytes == 2 && s.D % 8 == 0 && aligned && (forward || s.D <= kMaxProductD);
   plan.factor_ld = round_up(s.factors(), 4) + 4;
-  plan.q_ld = !forward ? 0 : plan.tensor_cores ? round_up(s.D, 16) + 8 : round_up(s.D, 4);
-  const int q_tile_bytes = plan.tensor_cores ? 2 : 4;
+  plan.q_ld = !plan.tensor_cores ? round_up(s.D, 4) : forward ? round_up(s.D, 16) + 8 : s.D + 8;
+  const auto bytes = [&](int rows) {
+    return forward ? forward_shared(rows, plan.factor_ld, plan.q_ld, plan.tensor_cores).total
+                   : backward_shared(s, rows, plan.factor_ld, plan.q_ld, plan.tensor_cores).total;
+  };
   const Limits limits = limits_of(arch);
   const int least = plan.tensor_cores ? 16 : 1;
-  const auto bytes = [&](int rows) {
-    return logits_shared(direction, s, rows, plan.factor_ld, plan.q_ld, q_tile_bytes).total;
-  };
   int rows = 64;
   while (rows > least && bytes(rows) + kReservedPerBlock > limits.per_sm / kBlocksPerSm) rows /= 2;
-  if (bytes(rows) > limits.per_block && plan.tensor_cores && s.rows() > 0) {
-    return plan_logits(direction, s, q_bytes, logits_bytes, false, arch);  // long factors: one row fits without mma
-  }
+  if (bytes(rows) > limits.per_block && plan.tensor_cores)  // long factors: fewer rows fit without tensor cores
+    return plan_logits(direction, s, q_bytes, logits_bytes, false, arch);
+
+  const int vector = 16 / logits_bytes;
   if (bytes(rows) > limits.per_block) {
     plan.refusal = "the factors of one query, " + std::to_string(s.factors()) + " floats, exceed shared memory";
-    return plan;
-  }
-  if (rows * s.N() > (int64_t{1} << 31) - 4096) {
-    plan.refusal = "S_k = " + std::to_string(s.N()) + " is too long for the kernels' 32-bit offsets within a block";
-    return plan;
-  }
-  // A block's slab must start at a whole 16-byte vector, whatever S_k is.
-  const int slab = 16 / logits_bytes;
-  if (rows < slab && s.N() % slab != 0 && forward) {
-    plan.refusal = "rows of " + std::to_string(s.N()) + " logits are too long and not a whole number of vectors";
-    return plan;
+  } else if (rows * s.N() > kMaxOffset || s.rows() > kMaxOffset) {
+    plan.refusal = "S_k = " + std::to_string(s.N()) + ", " + std::to_string(s.rows()) + " rows: beyond 32-bit offsets";
+  } else if (forward && rows < vector && s.N() % vector != 0) {
+    plan.refusal = "so long rows must be a whole number of 16-byte vectors, S_k = " + std::to_string(s.N()) + " is not";
   }
   plan.block_rows = rows;
   plan.grid = ceil_div<int64_t>(s.rows(), rows);

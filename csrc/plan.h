@@ -14,6 +14,7 @@ constexpr int kThreads = 256;     // of every logits kernel
 constexpr int kWarps = kThreads / 32;
 constexpr int kSumBuffer = 512;   // elements a warp of the backward sums at once
 constexpr int kSumPadding = 16;   // around them: a vector that begins before, one that ends behind
+constexpr int kMaxProductD = 128; // head dimensions that the tensor-core products of the backward take
 
 enum class Direction { kForward, kBackward };
 
@@ -22,7 +23,7 @@ struct LogitsPlan {
   bool tensor_cores = false;
   int block_rows = 0;      // rows of the logits that a block streams
   int factor_ld = 0;       // floats between the factors of two rows in shared memory
-  int q_ld = 0;            // elements between two rows of q in shared memory, forward only
+  int q_ld = 0;            // elements between two rows of q (backward: of the table) in shared memory
   int64_t grid = 0;
   int64_t shared_bytes = 0;
 
@@ -36,29 +37,39 @@ struct RowOfTile {
   int64_t q_offset;
 };
 
-// Byte offsets of a block's shared memory; the kernels carve with the same function.
-struct LogitsShared {
-  int64_t rows, ranges, factors, q, buffers, total;
+// Byte offsets of a block's shared memory; the kernels carve with the same functions.
+struct ForwardShared {
+  int64_t rows, ranges, factors, q, total;
 };
-RELPOS_HD inline LogitsShared logits_shared(Direction direction, const Shape& s, int block_rows, int factor_ld,
-                                            int q_ld, int q_bytes) {
-  LogitsShared at{};
-  at.rows = 0;
+RELPOS_HD inline ForwardShared forward_shared(int block_rows, int factor_ld, int q_ld, bool tensor_cores) {
+  ForwardShared at{};
   at.ranges = at.rows + block_rows * static_cast<int64_t>(sizeof(RowOfTile));
   at.factors = at.ranges + 32;
   at.q = at.factors + round_up<int64_t>(static_cast<int64_t>(block_rows) * factor_ld * 4, 16);
-  if (direction == Direction::kForward) {
-    at.buffers = at.total = at.q + round_up<int64_t>(static_cast<int64_t>(block_rows) * q_ld * q_bytes, 16);
-  } else {
-    const int outer = s.axis[kT].rows ? round_up(s.outer_keys(), 4) : 0;
-    at.buffers = at.q;
-    at.total = at.buffers + kWarps * static_cast<int64_t>(kSumBuffer + kSumPadding + outer) * 4;
-  }
+  at.total = at.q + round_up<int64_t>(static_cast<int64_t>(block_rows) * q_ld * (tensor_cores ? 2 : 4), 16);
   return at;
 }
 
-// bytes of an element of q and of the logits; arch: 80, 86, 90, ...
-LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int logits_bytes, bool q_rows_aligned,
-                       int arch);
+// `sums`, a buffer per warp, and the operands of the product for dq are not alive together: they share their place.
+struct BackwardShared {
+  int64_t rows, ranges, factors, sums, sums_per_warp, high, low, table, total;
+};
+RELPOS_HD inline BackwardShared backward_shared(const Shape& s, int block_rows, int factor_ld, int q_ld,
+                                                bool tensor_cores) {
+  constexpr int kDepth = 32, kPad = 8;  // of the product: mma.cuh
+  BackwardShared at{};
+  at.ranges = at.rows + block_rows * static_cast<int64_t>(sizeof(RowOfTile));
+  at.factors = at.ranges + 32;
+  at.sums = at.high = at.factors + round_up<int64_t>(static_cast<int64_t>(block_rows) * factor_ld * 4, 16);
+  at.sums_per_warp = (kSumBuffer + kSumPadding + (s.axis[kT].rows ? round_up(s.outer_keys(), 4) : 0)) * 4;
+  at.low = at.high + static_cast<int64_t>(block_rows) * (kDepth + kPad) * 2;
+  at.table = at.low + static_cast<int64_t>(block_rows) * (kDepth + kPad) * 2;
+  const int64_t sums_end = at.sums + kWarps * at.sums_per_warp, product_end = at.table + kDepth * q_ld * 2;
+  at.total = tensor_cores && product_end > sums_end ? product_end : sums_end;
+  return at;
+}
+
+// bytes of an element of q and of the logits; `aligned`: q may be read two elements at a time; arch: 80, 86, 90, ...
+LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int logits_bytes, bool aligned, int arch);
 
 }  // namespace relpos

@@ -86,10 +86,19 @@ void launch_table_gradient(const OnDevice& device, const Shape& s, const QuerySt
   p.dtable = dtable.mutable_data_ptr<float>();
   p.pairs = partials.size(1);
   p.splits = static_cast<int>(partials.size(0));
-  int coordinates = 0;
-  for (const Axis& a : s.axis) coordinates += a.rows ? a.queries : 0;
-  device.launch(table_partial_kernel<T>, dim3(coordinates, p.splits), kThreads,
-                kGradRows * (kGradKeys + kGradD) * sizeof(float), p);
+  p.by_heads = FastDiv(s.heads);
+  int coordinates = 0, inner = 1;
+  for (int a = kAxes - 1; a >= 0; --a) {
+    p.of_axis[a].by_inner = FastDiv(inner);
+    p.of_axis[a].by_per_group = FastDiv(static_cast<int>(s.grid_queries() / s.axis[a].queries));
+    inner *= s.axis[a].queries;
+    coordinates += s.axis[a].rows ? s.axis[a].queries : 0;
+  }
+  const bool mma = sizeof(T) == 2 && s.D % 8 == 0;
+  auto kernel = table_partial_kernel<T, false>;
+  if constexpr (sizeof(T) == 2)
+    if (mma) kernel = table_partial_kernel<T, true>;
+  device.launch(kernel, dim3(coordinates, p.splits), kThreads, table_partial_shared(mma), p);
   device.launch(table_sum_kernel, dim3(s.table_rows()), kThreads, 0, p);
 }
 
@@ -118,7 +127,8 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
     using S = typename decltype(grad_type)::type;
     using T = typename decltype(q_type)::type;
     if (s.rows() > 0) {
-      const LogitsPlan plan = plan_logits(Direction::kBackward, s, sizeof(T), sizeof(S), true, device.arch());
+      const bool aligned = is_aligned(table.const_data_ptr(), 16);
+      const LogitsPlan plan = plan_logits(Direction::kBackward, s, sizeof(T), sizeof(S), aligned, device.arch());
       LogitsBwdParams p;
       fill(p, s, strides, q, table, index, plan);
       p.grad = grad.const_data_ptr();
@@ -126,8 +136,11 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
       p.dfactors = dtable ? factors->mutable_data_ptr<float>() : nullptr;
       const int keys_w = s.axis[kW].keys;
       p.lanes_own_columns = s.prefix == 0 && keys_w % kVector<S> == 0 && 32 * kVector<S> % keys_w == 0;
-      p.by_lanes_d = FastDiv(ceil_div(s.D, 4));
-      device.launch(logits_bwd_kernel<S, T>, dim3(static_cast<unsigned>(plan.grid)), kThreads, plan.shared_bytes, p);
+      p.by_quads = FastDiv(ceil_div(s.D, 4));
+      auto kernel = logits_bwd_kernel<S, T, false>;
+      if constexpr (sizeof(T) == 2)
+        if (plan.tensor_cores) kernel = logits_bwd_kernel<S, T, true>;
+      device.launch(kernel, dim3(static_cast<unsigned>(plan.grid)), kThreads, plan.shared_bytes, p);
     }
     if (dtable) launch_table_gradient<T>(device, s, strides, q, index, *factors, *partials, *dtable);
   });

@@ -9,11 +9,13 @@
 //   row m      +-----------------------+
 //
 //   grid     (ceil(rows / block_rows)).
-//   thread   a lane of the warp that sums every 8th row of the tile; then four elements of dq at a time.
-//   shared   rows [block_rows], factors [block_rows, factor_ld] float, a buffer per warp.
-//   barriers rows are located; sums are complete. Every sum has a fixed order.
+//   thread   a lane of the warp that sums every 8th row of the tile; then its share of dq, a product of the factor
+//            gradients, spread over the table rows they belong to, with the table.
+//   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, then a buffer per warp for the sums,
+//            later the operands of the product.
+//   barriers rows are located; sums are complete; two per 32 table rows. Every sum has a fixed order.
 #pragma once
-#include "tile/copy.cuh"
+#include "tile/mma.cuh"
 #include "tile/rows.cuh"
 
 namespace relpos {
@@ -156,14 +158,15 @@ __device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, f
   __syncwarp();
 }
 
+// dq without tensor cores: a thread takes four elements of a row, key by key.
 template <typename T>
-__device__ __forceinline__ void query_gradient(const LogitsBwdParams& p, const RowOfTile* rows, const float* factors,
-                                               int64_t first_row, int count) {
+__device__ __forceinline__ void query_gradient_simt(const LogitsBwdParams& p, const RowOfTile* rows,
+                                                    const float* factors, int64_t first_row, int count) {
   const int D = p.shape.D, quads = ceil_div(D, 4);
   const T* table = static_cast<const T*>(p.table);
   for (int item = threadIdx.x; item < count * quads; item += kThreads) {
     int d;
-    const int row = p.by_lanes_d.divide(item, d);
+    const int row = p.by_quads.divide(item, d);
     d *= 4;
     float sum[4] = {};
     for (int a = 0; a < kAxes; ++a) {
@@ -187,16 +190,70 @@ __device__ __forceinline__ void query_gradient(const LogitsBwdParams& p, const R
   }
 }
 
-// S: gradient of the logits; T: q, dq and table.
-template <typename S, typename T>
+struct ProductTiles {
+  void *high, *low, *table;
+};
+
+// Factor gradients of table rows l0 .. l0 + 31 of one axis, zero where a query does not use the row; and those rows.
+template <typename T>
+__device__ __forceinline__ void stage_product(const LogitsBwdParams& p, int a, int l0, int high_row,
+                                              const RowOfTile* rows, const float* factors, int count,
+                                              const ProductTiles& to) {
+  constexpr int kLd = kProductDepth + kProductPad;
+  const Axis& axis = p.shape.axis[a];
+  for (int i = threadIdx.x; i < p.block_rows * kProductDepth; i += kThreads) {
+    const int row = i / kProductDepth, k = i % kProductDepth, l = l0 + k;
+    float x = 0.f;
+    const int c = row < count ? rows[row].coordinate[a] : -1;
+    if (c >= 0 && l <= high_row) {
+      const int key = p.index[axis.inverse + c * axis.rows + l - axis.first_row];
+      if (key >= 0) x = factors[row * p.factor_ld + axis.factor + key];
+    }
+    split(x, static_cast<T*>(to.high)[row * kLd + k], static_cast<T*>(to.low)[row * kLd + k]);
+  }
+  const int vectors = p.shape.D / kVector<T>;
+  for (int i = threadIdx.x; i < kProductDepth * vectors; i += kThreads) {
+    const int k = i / vectors, v = i - k * vectors;
+    const T* row = static_cast<const T*>(p.table) + static_cast<int64_t>(l0 + k) * p.shape.D;
+    *reinterpret_cast<uint4*>(static_cast<T*>(to.table) + k * p.q_ld + v * kVector<T>) =
+        l0 + k <= high_row ? *reinterpret_cast<const uint4*>(row + v * kVector<T>) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+// dq on tensor cores: D % 8 == 0, D <= 128.
+template <typename T>
+__device__ __forceinline__ void query_gradient_mma(const LogitsBwdParams& p, const RowOfTile* rows, const int* ranges,
+                                                   const float* factors, int64_t first_row, int count,
+                                                   const ProductTiles& tiles) {
+  const int D = p.shape.D;
+  const WarpShare mine(p.block_rows, D);
+  float acc[kProductBlocks][4] = {};
+  for (int a = 0; a < kAxes; ++a) {
+    if (p.shape.axis[a].rows == 0) continue;
+    for (int l0 = ranges[2 * a]; l0 <= ranges[2 * a + 1]; l0 += kProductDepth) {
+      __syncthreads();  // the tiles may be overwritten
+      stage_product<T>(p, a, l0, ranges[2 * a + 1], rows, factors, count, tiles);
+      __syncthreads();
+      accumulate<T, false>(acc, mine, static_cast<const T*>(tiles.high), static_cast<const T*>(tiles.low),
+                           kProductDepth + kProductPad, static_cast<const T*>(tiles.table), p.q_ld);
+    }
+  }
+  T* dq = static_cast<T*>(p.dq) + first_row * D;
+  for_each_element(acc, mine, [&](int row, int d, float x) {
+    if (row < count) dq[row * D + d] = from_float<T>(x);
+  });
+}
+
+// S: gradient of the logits; T: q, dq and table; MMA: dq on tensor cores.
+template <typename S, typename T, bool MMA>
 __global__ void __launch_bounds__(kThreads, 2) logits_bwd_kernel(const LogitsBwdParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
-  const LogitsShared at = logits_shared(Direction::kBackward, p.shape, p.block_rows, p.factor_ld, 0, 0);
+  const BackwardShared at = backward_shared(p.shape, p.block_rows, p.factor_ld, p.q_ld, MMA);
   RowOfTile* rows = reinterpret_cast<RowOfTile*>(shared + at.rows);
+  int* ranges = reinterpret_cast<int*>(shared + at.ranges);
   float* factors = reinterpret_cast<float*>(shared + at.factors);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, width = p.shape.factors();
-  const int outer = p.shape.axis[kT].rows ? round_up(p.shape.outer_keys(), 4) : 0;
-  float* buffer = reinterpret_cast<float*>(shared + at.buffers) + warp * (kSumBuffer + kSumPadding + outer);
+  float* buffer = reinterpret_cast<float*>(shared + at.sums + warp * at.sums_per_warp);
 
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * p.block_rows;
   const int64_t left = p.shape.rows() - first_row;
@@ -204,6 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_bwd_kernel(const LogitsBwd
   locate_rows(p.shape, p.q, first_row, count, rows);
   __syncthreads();
 
+  find_ranges(p.shape, p.index, rows, count, ranges);
   for (int row = warp; row < count; row += kWarps) {
     float* of_row = factors + row * p.factor_ld;
     if (rows[row].coordinate[kW] < 0) {  // a class token
@@ -217,7 +275,11 @@ __global__ void __launch_bounds__(kThreads, 2) logits_bwd_kernel(const LogitsBwd
   if (p.dfactors)
     for (int row = warp; row < count; row += kWarps)
       for (int i = lane; i < width; i += 32) p.dfactors[(first_row + row) * width + i] = factors[row * p.factor_ld + i];
-  if (p.dq) query_gradient<T>(p, rows, factors, first_row, count);
+  if (p.dq == nullptr) return;
+  if constexpr (MMA)
+    query_gradient_mma<T>(p, rows, ranges, factors, first_row, count,
+                          {shared + at.high, shared + at.low, shared + at.table});
+  else query_gradient_simt<T>(p, rows, factors, first_row, count);
 }
 
 }  // namespace relpos

@@ -86,8 +86,7 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
 template <typename S, typename T, bool MMA>
 __global__ void __launch_bounds__(kThreads, 2) logits_fwd_kernel(const LogitsFwdParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
-  const LogitsShared at =
-      logits_shared(Direction::kForward, p.shape, p.block_rows, p.factor_ld, p.q_ld, MMA ? 2 : 4);
+  const ForwardShared at = forward_shared(p.block_rows, p.factor_ld, p.q_ld, MMA);
   RowOfTile* rows = reinterpret_cast<RowOfTile*>(shared + at.rows);
   int* ranges = reinterpret_cast<int*>(shared + at.ranges);
   float* factors = reinterpret_cast<float*>(shared + at.factors);

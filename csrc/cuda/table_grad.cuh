@@ -3,77 +3,140 @@
 //   dR_a[c, i] = sum over queries m with coordinate c on axis a of d_rel_a[m, i] * q[m]        partial_kernel
 //   dtable[l]  = sum over c of dR_a[c, i] where index[c, i] = l                                sum_kernel
 //
-//   partial_kernel
+//   partial_kernel: a product of the factor gradients, transposed, with q, 32 queries at a time
 //     grid     (query coordinates of all axes, splits): a block sums a fixed share of the queries of its coordinate.
-//     thread   (x, y) of 16 x 16: keys y, y + 16, .. and elements x, x + 16, .. of a 64 x 128 tile of dR.
-//     shared   factors [kRows, 64] and q [kRows, 128] float.
-//     barriers two per kRows queries: they are there; they may be overwritten.
+//     thread   eight threads stage one query; tensor cores: a warp's share of a tile of 64 keys x 128 elements of D;
+//              else (x, y) of 16 x 16 takes keys y, y + 16, .. and elements x, x + 16, ..
+//     shared   factors [32, 64] and q [32, 128], as float or, padded, as high, low and q in the type of q.
+//     barriers two per 32 queries: they are there; they may be overwritten.
 //   sum_kernel
 //     grid     (table rows); thread: elements of D; no shared memory, no barrier.
 #pragma once
-#include "tile/copy.cuh"
+#include "tile/mma.cuh"
 #include "tile/rows.cuh"
 
 namespace relpos {
 
-constexpr int kGradKeys = 64, kGradD = 128, kGradRows = 16, kGradSide = 16;
+constexpr int kGradSide = 16;  // threads of a row and of a column without tensor cores
+constexpr int kGradKeysPerThread = kProductRows / kGradSide, kGradDPerThread = kProductColumns / kGradSide;
+constexpr int kStagers = kThreads / kProductDepth;
 
-// Row of the logits (and of the factors) of the u-th query whose coordinate on axis a is c.
-__device__ __forceinline__ int64_t row_of_query(const Shape& s, int a, int c, int64_t u, int64_t per_group) {
-  int64_t inner = 1;
-  for (int later = a + 1; later < kAxes; ++later) inner *= s.axis[later].queries;
-  const int64_t group = u / per_group, rest = u - group * per_group;
-  const int64_t token = rest / inner * inner * s.axis[a].queries + c * inner + rest % inner;
-  return group * s.M() + s.prefix + token;
+struct GradBlock {
+  int a, c;            // axis and query coordinate
+  int64_t begin, end;  // queries with that coordinate
+};
+
+__device__ __forceinline__ GradBlock grad_block(const TableGradParams& p) {
+  int a = 0, c = blockIdx.x;
+  for (; p.shape.axis[a].rows == 0 || c >= p.shape.axis[a].queries; ++a)
+    c -= p.shape.axis[a].rows == 0 ? 0 : p.shape.axis[a].queries;
+  const int64_t queries = p.shape.groups * (p.shape.grid_queries() / p.shape.axis[a].queries);
+  return {a, c, queries * blockIdx.y / p.splits, queries * (blockIdx.y + 1) / p.splits};
+}
+
+// Where the u-th query of the block is: its row of the logits (and of the factors), its row of q.
+__device__ __forceinline__ void find_query(const TableGradParams& p, const GradBlock& block, int64_t u, int64_t& row,
+                                           int64_t& q_offset) {
+  const auto& of_axis = p.of_axis[block.a];
+  const int inner = static_cast<int>(of_axis.by_inner.divisor);
+  int rest, below, head;
+  const int group = of_axis.by_per_group.divide(static_cast<int>(u), rest);
+  const int above = of_axis.by_inner.divide(rest, below);
+  const int m = p.shape.prefix + (above * p.shape.axis[block.a].queries + block.c) * inner + below;
+  const int batch = p.by_heads.divide(group, head);
+  row = group * p.shape.M() + m;
+  q_offset = batch * p.q.batch + head * p.q.head + m * p.q.row;
+}
+
+// Stages queries u0 .. u0 + 31: put_factor(query, key, x), put_q(query, d, x), zero past the end of anything.
+template <typename T, typename F, typename G>
+__device__ __forceinline__ void stage_queries(const TableGradParams& p, const GradBlock& block, int64_t u0, int i0,
+                                              int d0, F&& put_factor, G&& put_q) {
+  const Axis& axis = p.shape.axis[block.a];
+  const int query = threadIdx.x / kStagers, first = threadIdx.x % kStagers;
+  const bool exists = u0 + query < block.end;
+  int64_t row = 0, q_offset = 0;
+  if (exists) find_query(p, block, u0 + query, row, q_offset);
+  const float* factors = p.dfactors + row * p.shape.factors() + axis.factor + i0;
+  const T* q = static_cast<const T*>(p.q.data) + q_offset + d0;
+  for (int i = first; i < kProductRows; i += kStagers)
+    put_factor(query, i, exists && i0 + i < axis.keys ? factors[i] : 0.f);
+  const int width = min(kProductColumns, round_up(p.shape.D - d0, kGradSide));
+  for (int d = first; d < width; d += kStagers)
+    put_q(query, d, exists && d0 + d < p.shape.D ? q[d] : from_float<T>(0.f));
 }
 
 template <typename T>
+__device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const GradBlock& block, int i0, int d0,
+                                              unsigned char* shared, float* out) {
+  constexpr int kFactorLd = kProductRows + kProductPad, kQLd = kProductColumns + kProductPad;
+  T* high = reinterpret_cast<T*>(shared);
+  T* low = high + kProductDepth * kFactorLd;
+  T* q_smem = low + kProductDepth * kFactorLd;
+  const int keys = p.shape.axis[block.a].keys, columns = min(kProductColumns, p.shape.D - d0);
+  const WarpShare mine(kProductRows, columns);
+  float acc[kProductBlocks][4] = {};
+  for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
+    stage_queries<T>(
+        p, block, u0, i0, d0,
+        [&](int query, int i, float x) { split(x, high[query * kFactorLd + i], low[query * kFactorLd + i]); },
+        [&](int query, int d, T x) { q_smem[query * kQLd + d] = x; });
+    __syncthreads();
+    accumulate<T, true>(acc, mine, high, low, kFactorLd, q_smem, kQLd);
+    __syncthreads();
+  }
+  for_each_element(acc, mine, [&](int i, int d, float x) {
+    if (i0 + i < keys && d < columns) out[static_cast<int64_t>(i0 + i) * p.shape.D + d0 + d] = x;
+  });
+}
+
+template <typename T>
+__device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const GradBlock& block, int i0, int d0,
+                                               unsigned char* shared, float* out) {
+  float* factors_smem = reinterpret_cast<float*>(shared);
+  float* q_smem = factors_smem + kProductDepth * kProductRows;
+  const int keys = p.shape.axis[block.a].keys, x = threadIdx.x % kGradSide, y = threadIdx.x / kGradSide;
+  float acc[kGradKeysPerThread][kGradDPerThread] = {};
+  for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
+    stage_queries<T>(
+        p, block, u0, i0, d0, [&](int query, int i, float f) { factors_smem[query * kProductRows + i] = f; },
+        [&](int query, int d, T e) { q_smem[query * kProductColumns + d] = to_float(e); });
+    __syncthreads();
+    for (int r = 0; r < kProductDepth; ++r) {
+#pragma unroll
+      for (int i = 0; i < kGradKeysPerThread; ++i) {
+        const float f = factors_smem[r * kProductRows + i * kGradSide + y];
+#pragma unroll
+        for (int d = 0; d < kGradDPerThread; ++d)
+          if (d0 + d * kGradSide < p.shape.D) acc[i][d] += f * q_smem[r * kProductColumns + d * kGradSide + x];
+      }
+    }
+    __syncthreads();
+  }
+#pragma unroll
+  for (int i = 0; i < kGradKeysPerThread; ++i)
+#pragma unroll
+    for (int d = 0; d < kGradDPerThread; ++d) {
+      const int key = i0 + i * kGradSide + y, element = d0 + d * kGradSide + x;
+      if (key < keys && element < p.shape.D) out[static_cast<int64_t>(key) * p.shape.D + element] = acc[i][d];
+    }
+}
+
+constexpr int64_t table_partial_shared(bool mma) {
+  return mma ? kProductDepth * (2 * (kProductRows + kProductPad) + kProductColumns + kProductPad) * int64_t{2}
+             : kProductDepth * (kProductRows + kProductColumns) * int64_t{4};
+}
+
+template <typename T, bool MMA>
 __global__ void __launch_bounds__(kThreads, 2) table_partial_kernel(const TableGradParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
-  float* factors_smem = reinterpret_cast<float*>(shared);       // [kGradRows][kGradKeys]
-  float* q_smem = factors_smem + kGradRows * kGradKeys;         // [kGradRows][kGradD]
-  const Shape& s = p.shape;
-  const T* q = static_cast<const T*>(p.q.data);
-  int a = 0, c = blockIdx.x;
-  while (s.axis[a].rows == 0 || c >= s.axis[a].queries) c -= s.axis[a].rows == 0 ? 0 : s.axis[a].queries, ++a;
-  const Axis& axis = s.axis[a];
-  const int x = threadIdx.x % kGradSide, y = threadIdx.x / kGradSide, width = s.factors();
-  const int64_t per_group = s.grid_queries() / axis.queries, queries = s.groups * per_group;
-  const int64_t begin = queries * blockIdx.y / p.splits, end = queries * (blockIdx.y + 1) / p.splits;
-
-  for (int i0 = 0; i0 < axis.keys; i0 += kGradKeys)
-    for (int d0 = 0; d0 < s.D; d0 += kGradD) {
-      float acc[kGradKeys / kGradSide][kGradD / kGradSide] = {};
-      for (int64_t u0 = begin; u0 < end; u0 += kGradRows) {
-        // Thread row y stages query u0 + y.
-        const bool exists = u0 + y < end;
-        const int64_t row = exists ? row_of_query(s, a, c, u0 + y, per_group) : 0;
-        const int64_t group = row / s.M(), m = row - group * s.M();
-        const T* q_row = q + group / s.heads * p.q.batch + group % s.heads * p.q.head + m * p.q.row;
-        const float* factors_row = p.dfactors + row * width + axis.factor;
-        for (int i = x; i < kGradKeys; i += kGradSide)
-          factors_smem[y * kGradKeys + i] = exists && i0 + i < axis.keys ? factors_row[i0 + i] : 0.f;
-        for (int d = x; d < kGradD; d += kGradSide)
-          q_smem[y * kGradD + d] = exists && d0 + d < s.D ? to_float(q_row[d0 + d]) : 0.f;
-        __syncthreads();
-        for (int r = 0; r < kGradRows; ++r) {
-#pragma unroll
-          for (int i = 0; i < kGradKeys / kGradSide; ++i) {
-            const float f = factors_smem[r * kGradKeys + i * kGradSide + y];
-#pragma unroll
-            for (int d = 0; d < kGradD / kGradSide; ++d) acc[i][d] += f * q_smem[r * kGradD + d * kGradSide + x];
-          }
-        }
-        __syncthreads();
-      }
-      float* of_split = p.partials + (blockIdx.y * p.pairs + axis.index + static_cast<int64_t>(c) * axis.keys) * s.D;
-#pragma unroll
-      for (int i = 0; i < kGradKeys / kGradSide; ++i)
-#pragma unroll
-        for (int d = 0; d < kGradD / kGradSide; ++d) {
-          const int key = i0 + i * kGradSide + y, element = d0 + d * kGradSide + x;
-          if (key < axis.keys && element < s.D) of_split[static_cast<int64_t>(key) * s.D + element] = acc[i][d];
-        }
+  const GradBlock block = grad_block(p);
+  const Axis& axis = p.shape.axis[block.a];
+  float* out = p.partials + (blockIdx.y * p.pairs + axis.index + static_cast<int64_t>(block.c) * axis.keys) * p.shape.D;
+  for (int i0 = 0; i0 < axis.keys; i0 += kProductRows)
+    for (int d0 = 0; d0 < p.shape.D; d0 += kProductColumns) {
+      if constexpr (MMA) grad_tile_mma<T>(p, block, i0, d0, shared, out);
+      else grad_tile_simt<T>(p, block, i0, d0, shared, out);
     }
 }
 

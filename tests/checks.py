@@ -1,0 +1,29 @@
+"""The tolerance rule, once: float64 is the truth, the eager formula in the same dtype is the rival."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def miss(got: Tensor, exact: Tensor) -> float:
+    """Largest absolute error; infinite where something is not finite."""
+    if got.numel() == 0:
+        return 0.0
+    error = (got.detach().cpu().double() - exact.detach().cpu().double()).abs().max().item()
+    return error if error == error else float("inf")
+
+
+def assert_close_as_eager(got: Tensor, rival: Tensor, exact: Tensor, name: str) -> None:
+    """At most twice the error of eager, plus one rounding of the largest value."""
+    assert got.shape == exact.shape, f"{name} has shape {list(got.shape)}, not {list(exact.shape)}"
+    assert got.dtype == rival.dtype, f"{name} is {got.dtype}, not {rival.dtype}"
+    one_rounding = torch.finfo(got.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
+    allowed = 2 * miss(rival, exact) + one_rounding
+    assert miss(got, exact) <= allowed, f"{name} is off by {miss(got, exact):.1e}, allowed {allowed:.1e}"
+
+
+def assert_exact_as_float64(got: Tensor, exact: Tensor, name: str) -> None:
+    """For float64, where eager is the truth itself: sums in another order, 64 roundings of the largest value."""
+    allowed = 64 * torch.finfo(torch.float64).eps * max(exact.abs().max().item(), 1.0)
+    assert miss(got, exact) <= allowed, f"{name} is off by {miss(got, exact):.1e}, allowed {allowed:.1e}"

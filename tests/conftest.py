@@ -1,0 +1,32 @@
+"""Devices that tests run on: the CPU, an emulated GPU (the CUDA kernels run by tests/simt), and a GPU if there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import emulator
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow: takes more than a few seconds")
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Name of the torch device; under "emulated", CPU tensors go through the CUDA launchers and kernels."""
+    return use_device(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def real_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return use_device(request.param, monkeypatch)
+
+
+def use_device(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    if name == "emulated":
+        emulator.use(monkeypatch)
+        return "cpu"
+    return name

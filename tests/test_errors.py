@@ -1,0 +1,161 @@
+"""Bad input: the argument, what was wanted, what was given, before anything runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import relpos_cuda
+
+
+def good(**changes) -> dict:
+    arguments = {
+        "attn": torch.zeros(2, 3, 20, 20),
+        "q": torch.zeros(2, 3, 20, 8),
+        "rel_pos_h": torch.zeros(7, 8),
+        "rel_pos_w": torch.zeros(9, 8),
+        "q_size": (4, 5),
+        "k_size": (4, 5),
+    }
+    return arguments | changes
+
+
+def test_the_good_arguments_are_good():
+    relpos_cuda.add_decomposed_rel_pos(**good())
+
+
+ATTN = [
+    ({"attn": torch.zeros(2, 3, 20, 19)}, ValueError, r"attn must be \[\.\.\., 20, 20\].*got \[2, 3, 20, 19\]"),
+    ({"attn": torch.zeros(5, 20, 20)}, ValueError, r"attn must be .* 6 = 2 \* 3 matrices, got \[5, 20, 20\]"),
+    ({"attn": torch.zeros(6, 400)}, ValueError, r"attn must be .*got \[6, 400\]"),
+    ({"attn": torch.zeros(400)}, ValueError, r"attn must be .*got \[400\]"),
+    ({"attn": torch.zeros(2, 3, 20, 20, dtype=torch.int32)}, TypeError, r"attn must be torch.float32.*got torch.int32"),
+    ({"attn": torch.zeros(2, 3, 20, 20).half()}, TypeError, r"attn must be torch.float32 like q.*got torch.float16"),
+    ({"attn": torch.zeros(2, 3, 20, 20).double()}, TypeError, r"attn must be .*got torch.float64"),
+    ({"attn": torch.zeros(2, 3, 20, 20, device="meta")}, ValueError, r"attn must be on cpu like q, got meta"),
+]
+QUERIES = [
+    ({"q": torch.zeros(20, 8)}, ValueError, r"q must be \[B, heads, S, D\] or .*got \[20, 8\]"),
+    ({"q": torch.zeros(1, 2, 3, 20, 8)}, ValueError, r"q must be \[B, heads, S, D\]"),
+    ({"q": torch.zeros(2, 3, 19, 8)}, ValueError, r"q must have S = 4 \* 5 = 20 tokens, got 19"),
+    ({"q": torch.zeros(2, 3, 20, 0)}, ValueError, r"q must be .*got \[2, 3, 20, 0\]"),
+    ({"q": torch.zeros(2, 3, 20, 8, dtype=torch.int64)}, TypeError, r"q must be float16.*got torch.int64"),
+    ({"q": torch.zeros(2, 3, 20, 8, dtype=torch.complex64)}, TypeError, r"q must be .*got torch.complex64"),
+    ({"q": torch.zeros(2, 3, 20, 8, device="meta")}, ValueError, r"rel_pos_h must be on meta like q, got cpu"),
+]
+TABLES = [
+    ({"rel_pos_h": torch.zeros(7, 9)}, ValueError, r"rel_pos_h must be \[L, 8\], got \[7, 9\]"),
+    ({"rel_pos_w": torch.zeros(9)}, ValueError, r"rel_pos_w must be \[L, 8\], got \[9\]"),
+    ({"rel_pos_w": torch.zeros(1, 9, 8)}, ValueError, r"rel_pos_w must be \[L, 8\], got \[1, 9, 8\]"),
+    ({"rel_pos_h": torch.zeros(0, 8)}, ValueError, r"rel_pos_h must be \[L, 8\], got \[0, 8\]"),
+    ({"rel_pos_h": torch.zeros(7, 8, dtype=torch.int32)}, TypeError, r"rel_pos_h must be floating point, got"),
+    ({"rel_pos_w": torch.zeros(9, 8).half()}, TypeError, r"rel_pos_w must be torch.float32 like q.*got torch.float16"),
+    ({"rel_pos_w": torch.zeros(9, 8, device="meta")}, ValueError, r"rel_pos_w must be on cpu like q, got meta"),
+    (
+        {"rel_pos_t": torch.zeros(3, 9), "q_size": (1, 4, 5), "k_size": (1, 4, 5)},
+        ValueError,
+        r"rel_pos_t must be \[L, 8\], got \[3, 9\]",
+    ),
+]
+SIZES = [
+    ({"q_size": (4, 6)}, ValueError, r"q must have S = 4 \* 6 = 24 tokens, got 20"),
+    ({"k_size": (5, 5)}, ValueError, r"attn must be \[\.\.\., 20, 25\]"),
+    ({"q_size": (20,)}, ValueError, r"q_size must be \(h, w\), got \(20,\)"),
+    ({"k_size": (1, 4, 5)}, ValueError, r"k_size must be \(h, w\), got \(1, 4, 5\)"),
+    ({"rel_pos_t": torch.zeros(1, 8)}, ValueError, r"q_size must be \(t, h, w\), because rel_pos_t is given, got \(4, 5\)"),
+    ({"q_size": 20}, ValueError, r"q_size must be \(h, w\), got 20"),
+    ({"q_size": torch.tensor([4, 5])}, ValueError, r"q_size must be \(h, w\), got tensor"),
+    ({"q_size": (0, 5)}, ValueError, r"q_size\[0\] must be at least 1, got 0"),
+    ({"k_size": (4, -5)}, ValueError, r"k_size\[1\] must be at least 1, got -5"),
+    ({"q_size": (4.0, 5)}, TypeError, r"q_size\[0\] must be an int, got 4.0"),
+    ({"num_prefix_tokens": -1}, ValueError, r"num_prefix_tokens must be at least 0, got -1"),
+    ({"num_prefix_tokens": 1}, ValueError, r"q must have S = 4 \* 5 \+ 1 prefix = 21 tokens, got 20"),
+    ({"num_prefix_tokens": True}, TypeError, r"num_prefix_tokens must be an int, got True"),
+]
+
+
+@pytest.mark.parametrize("changes,error,message", [*ATTN, *QUERIES, *TABLES, *SIZES])
+def test_add_decomposed_rel_pos(changes: dict, error: type[Exception], message: str):
+    with pytest.raises(error, match=message):
+        relpos_cuda.add_decomposed_rel_pos(**good(**changes))
+
+
+@pytest.mark.parametrize("changes,error,message", [*QUERIES, *TABLES])
+def test_decomposed_rel_pos(changes: dict, error: type[Exception], message: str):
+    arguments = good(**changes)
+    del arguments["attn"]
+    with pytest.raises(error, match=message):
+        relpos_cuda.decomposed_rel_pos(**arguments)
+
+
+@pytest.mark.parametrize(
+    "q_size,k_size,table,error,message",
+    [
+        (0, 4, torch.zeros(7, 8), ValueError, "q_size must be at least 1, got 0"),
+        (4, -1, torch.zeros(7, 8), ValueError, "k_size must be at least 1, got -1"),
+        (4.5, 4, torch.zeros(7, 8), TypeError, "q_size must be an int, got 4.5"),
+        (4, 4, torch.zeros(7), ValueError, r"rel_pos must be \[L, D\], got \[7\]"),
+        (4, 4, torch.zeros(0, 8), ValueError, r"rel_pos must be \[L, D\], got \[0, 8\]"),
+        (4, 4, torch.zeros(7, 8, dtype=torch.long), TypeError, "rel_pos must be floating point, got torch.int64"),
+    ],
+)
+def test_get_rel_pos(q_size, k_size, table, error, message):
+    with pytest.raises(error, match=message):
+        relpos_cuda.get_rel_pos(q_size, k_size, table)
+
+
+def test_in_place_on_a_leaf_is_refused_as_everywhere():
+    leaf = torch.zeros(2, 3, 20, 20, requires_grad=True)
+    with pytest.raises(RuntimeError, match="leaf Variable"):
+        relpos_cuda.add_decomposed_rel_pos(**good(attn=leaf), inplace=True)
+
+
+def test_second_derivatives_are_refused():
+    q = torch.randn(2, 3, 20, 8, requires_grad=True)
+    out = relpos_cuda.add_decomposed_rel_pos(**good(q=q, rel_pos_h=torch.randn(7, 8)))
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+# ---- direct callers of the ops get errors, never a wrong read
+
+
+def op_arguments() -> dict:
+    g = good()
+    grids = (g["q_size"], g["k_size"])
+    return {
+        "out": torch.zeros_like(g["attn"]),
+        "attn": g["attn"],
+        "q": g["q"],
+        "table": relpos_cuda.tables.stack([g["rel_pos_h"], g["rel_pos_w"]], *grids),
+        "index": relpos_cuda.tables.lookup(*grids, torch.device("cpu")),
+        "q_size": grids[0],
+        "k_size": grids[1],
+        "num_prefix_tokens": 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "name,value,message",
+    [
+        ("out", torch.zeros(2, 3, 20, 19), "out must have 2400 elements"),
+        ("out", torch.zeros(2, 3, 20, 20).mT, "out must be contiguous"),
+        ("attn", torch.zeros(2, 3, 20, 20).half(), "attn must be|attn is"),
+        ("q", torch.zeros(2, 3, 20, 9), "table must be contiguous"),
+        ("q", torch.zeros(20, 8), "q must be"),
+        ("table", torch.zeros(16, 7), "table must be contiguous"),
+        ("index", torch.zeros(10, dtype=torch.int32), "index must have"),
+        ("index", torch.zeros(117, dtype=torch.int64), "index must be int32"),
+        ("q_size", (4, 5, 1), "q_size and k_size"),
+        ("k_size", (0, 5), "grid sizes"),
+        ("num_prefix_tokens", -1, "num_prefix_tokens"),
+    ],
+)
+def test_ops(name: str, value, message: str, device: str):
+    arguments = op_arguments()
+    if device == "cuda":
+        pytest.skip("the same checks, compiled once")
+    relpos_cuda._ops.logits_fwd(*arguments.values())
+    with pytest.raises(RuntimeError, match=message):
+        relpos_cuda._ops.logits_fwd(*(arguments | {name: value}).values())

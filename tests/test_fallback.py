@@ -1,0 +1,66 @@
+"""The PyTorch path: the same numbers, no tensor of size S x S beside the logits, one warning."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+
+import relpos_cuda
+from checks import assert_close_as_eager
+from problems import MODELS, NAMES, TINY, Problem, draw, run
+from relpos_cuda import _fallback, _ops, reference, support
+
+ours, eager = relpos_cuda.add_decomposed_rel_pos, reference.add_decomposed_rel_pos
+SHARED_ROW = Problem("two_keys_share_a_row", (99, 1), (117, 2), 8, heads=1)
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_ops, "logits_fwd", _fallback.logits_fwd)
+    monkeypatch.setattr(_ops, "logits_bwd", _fallback.logits_bwd)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("problem", [*TINY, MODELS[0], MODELS[-1], SHARED_ROW], ids=str)
+def test_same_numbers(problem: Problem, dtype: torch.dtype, real_device: str, without_kernels):
+    inputs = draw(problem, dtype)
+    exact = run(eager, problem, inputs, torch.float64)
+    rival = run(eager, problem, inputs, dtype, real_device)
+    for inplace in (False, True):
+        got = run(ours, problem, inputs, dtype, real_device, inplace=inplace)
+        for name, g, r, e in zip(NAMES, got, rival, exact, strict=False):
+            assert_close_as_eager(g, r, e, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_keys_that_share_a_row_on_the_cpu_kernel(dtype: torch.dtype):
+    inputs = draw(SHARED_ROW, dtype)
+    exact = run(eager, SHARED_ROW, inputs, torch.float64)
+    for g, e in zip(run(ours, SHARED_ROW, inputs, dtype), exact, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=1e-5, atol=1e-4)
+
+
+def test_one_warning_says_why():
+    support.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        support.warn_once("reason one")
+        support.warn_once("reason one")
+        support.warn_once("reason two")
+    assert [str(w.message) for w in caught] == [
+        "relpos_cuda: using the slower PyTorch path: reason one",
+        "relpos_cuda: using the slower PyTorch path: reason two",
+    ]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_float64_on_the_gpu():
+    problem = TINY[0]
+    inputs = draw(problem, torch.float64)
+    support.warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="float64 has no CUDA kernel"):
+        got = run(ours, problem, inputs, torch.float64, "cuda")
+    for g, e in zip(got, run(eager, problem, inputs, torch.float64), strict=True):
+        torch.testing.assert_close(g.cpu(), e)

@@ -1,0 +1,287 @@
+"""add_decomposed_rel_pos: values, every gradient, layouts, determinism, memory."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import relpos_cuda
+from checks import assert_close_as_eager, assert_exact_as_float64
+from problems import MODELS, NAMES, TINY, Problem, call, draw, run, same
+from relpos_cuda import reference
+
+HALVES = [torch.bfloat16, torch.float16]
+ours, eager = relpos_cuda.add_decomposed_rel_pos, reference.add_decomposed_rel_pos
+
+
+def compare(problem: Problem, dtype: torch.dtype, device: str, attn_dtype: torch.dtype | None = None, **more) -> None:
+    inputs = draw(problem, dtype, attn_dtype)
+    exact = run(eager, problem, inputs, torch.float64)
+    rival = run(eager, problem, inputs, dtype, device, attn_dtype)
+    got = run(ours, problem, inputs, dtype, device, attn_dtype, **more)
+    for name, g, r, e in zip(NAMES, got, rival, exact, strict=False):
+        assert_close_as_eager(g, r, e, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("problem", TINY, ids=str)
+def test_tiny_problems(problem: Problem, dtype: torch.dtype, device: str):
+    compare(problem, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("problem", MODELS, ids=str)
+def test_model_problems(problem: Problem, dtype: torch.dtype, real_device: str):
+    compare(problem, dtype, real_device)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("problem", TINY[::3], ids=str)
+def test_float32_logits_of_half_queries(problem: Problem, dtype: torch.dtype, device: str):
+    compare(problem, dtype, device, torch.float32)
+
+
+@pytest.mark.parametrize("problem", [TINY[0], TINY[5], TINY[14], TINY[20]], ids=str)
+def test_in_place_equals_out_of_place(problem: Problem, device: str):
+    inputs = draw(problem, torch.float32)
+    results = [run(ours, problem, inputs, torch.float32, device, inplace=inplace) for inplace in (False, True)]
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("problem", [*TINY, MODELS[0], MODELS[-1]], ids=str)
+def test_float64(problem: Problem):
+    inputs = draw(problem, torch.float64)
+    exact = run(eager, problem, inputs, torch.float64)
+    got = run(ours, problem, inputs, torch.float64)
+    for name, g, e in zip(NAMES, got, exact, strict=False):
+        assert_exact_as_float64(g, e, name)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "problem", [Problem("small", (2, 3), (3, 2), 5, prefix=1), Problem("video", (2, 2, 1), (1, 2, 3), 3)], ids=str
+)
+def test_gradcheck(problem: Problem, inplace: bool):
+    leaves = draw(problem, torch.float64).leaves(torch.float64, "cpu")
+
+    def function(attn, q, *tables):
+        return call(ours, problem, attn * 1, q, list(tables), inplace=inplace)
+
+    assert torch.autograd.gradcheck(function, leaves)
+
+
+# ---- layouts
+
+
+def as_packed_qkv(q: torch.Tensor) -> torch.Tensor:
+    """The same values as a view of a packed [B, S, 3, heads, D], as models produce it."""
+    b, heads, s, d = q.shape
+    packed = torch.randn(b, s, 3, heads, d).to(q)
+    packed[:, :, 1] = q.transpose(1, 2)
+    return packed.permute(2, 0, 3, 1, 4)[1]
+
+
+def with_strided_last_axis(q: torch.Tensor) -> torch.Tensor:
+    return q.mT.contiguous().mT
+
+
+def with_odd_row_stride(q: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(q, (1, 2))[..., 1:-2]
+
+
+@pytest.mark.parametrize("layout", [as_packed_qkv, with_strided_last_axis, with_odd_row_stride])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides_of_q(layout, dtype: torch.dtype, device: str):
+    problem = same("strided", 4, 8, 16, batch=2, heads=3)
+    inputs = draw(problem, dtype)
+    expected = run(ours, problem, inputs, dtype, device)
+    attn, q, *tables = inputs.leaves(dtype, device)
+    out = call(ours, problem, attn, layout(q), tables)
+    grads = torch.autograd.grad(out, (attn, q, *tables), inputs.grad.to(device, dtype))
+    # A misaligned q takes the kernel without tensor cores: another order of summation, not other bits of input.
+    for name, got, want in zip(NAMES, (out, *grads), expected, strict=False):
+        torch.testing.assert_close(got, want, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_packed_q_is_not_copied(monkeypatch: pytest.MonkeyPatch):
+    problem = same("packed", 4, 8, 16, batch=2, heads=3)
+    attn, q, *tables = draw(problem, torch.float32).leaves(torch.float32, "cpu")
+    packed = as_packed_qkv(q.detach())
+    seen = []
+    original = relpos_cuda._ops.logits_fwd
+    monkeypatch.setattr(
+        relpos_cuda._ops, "logits_fwd", lambda *args: (seen.append(args[2].data_ptr()), original(*args))
+    )
+    call(ours, problem, attn.detach(), packed, [t.detach() for t in tables])
+    assert seen == [packed.data_ptr()]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "misaligned", "expanded"])
+def test_strides_of_attn(layout: str, inplace: bool, device: str):
+    problem = same("attn", 4, 5, 16, heads=3)
+    inputs = draw(problem, torch.float32)
+    expected = run(ours, problem, inputs, torch.float32, device)[0]
+    _, q, *tables = inputs.leaves(torch.float32, device)
+    attn = inputs.attn.to(device, torch.float32)
+    if layout == "transposed":
+        attn = attn.mT.contiguous().mT
+    elif layout == "sliced":
+        attn = torch.nn.functional.pad(attn, (0, 3))[..., :-3]
+    elif layout == "misaligned":
+        attn = torch.nn.functional.pad(attn.flatten(), (1, 0))[1:].view_as(attn)
+    else:
+        attn = attn[:, :1].expand_as(attn)
+        if inplace:
+            with pytest.raises(RuntimeError):  # one memory location per element, as for any in-place operation
+                call(ours, problem, attn, q, tables, inplace=True)
+            return
+        expected = run(ours, problem, _with_attn(inputs, attn), torch.float32, device)[0]
+    out = call(ours, problem, attn, q, tables, inplace=inplace)
+    assert torch.equal(out, expected)
+    assert (out is attn) == inplace
+
+
+def _with_attn(inputs, attn: torch.Tensor):
+    inputs.attn = attn.double().cpu().contiguous()
+    return inputs
+
+
+def test_three_and_four_dimensional_q_agree(device: str):
+    problem = same("dims", 5, 6, 24, batch=2, heads=3)
+    inputs = draw(problem, torch.float32)
+    four = run(ours, problem, inputs, torch.float32, device)
+    inputs.attn, inputs.q, inputs.grad = (t.flatten(0, 1) for t in (inputs.attn, inputs.q, inputs.grad))
+    three = run(ours, problem, inputs, torch.float32, device)
+    assert all(torch.equal(a.flatten(), b.flatten()) for a, b in zip(three, four, strict=True))
+
+
+def test_attn_may_merge_batch_and_heads(device: str):
+    problem = same("merged", 3, 4, 8, batch=2, heads=2)
+    inputs = draw(problem, torch.float32)
+    attn, q, *tables = (t.detach() for t in inputs.leaves(torch.float32, device))
+    out = call(ours, problem, attn.flatten(0, 1), q, list(tables))
+    assert torch.equal(out, call(ours, problem, attn, q, list(tables)).flatten(0, 1))
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_gradient_of_any_layout(expanded: bool, device: str):
+    problem = same("grad", 4, 5, 16)
+    leaves = draw(problem, torch.float32).leaves(torch.float32, device)
+    out = call(ours, problem, leaves[0], leaves[1], leaves[2:])
+    grad = torch.ones((), device=device).expand_as(out) if expanded else torch.ones_like(out).mT.contiguous().mT
+    got = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    want = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_gradient_of_attn_passes_through_without_a_copy(device: str):
+    problem = same("grad", 4, 5, 16)
+    leaves = draw(problem, torch.float32).leaves(torch.float32, device)
+    out = call(ours, problem, leaves[0], leaves[1], leaves[2:])
+    grad = torch.randn_like(out)
+    (d_attn,) = torch.autograd.grad(out, leaves[:1], grad)
+    assert d_attn.data_ptr() == grad.data_ptr()
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [1, 3], [0, 2]])
+def test_only_the_gradients_that_are_asked_for(wanted: list[int], device: str):
+    problem = same("some", 4, 5, 16)
+    inputs = draw(problem, torch.float32)
+    every = run(ours, problem, inputs, torch.float32, device)[1:]
+    leaves = inputs.leaves(torch.float32, device)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    out = call(ours, problem, leaves[0], leaves[1], leaves[2:])
+    got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(device, torch.float32))
+    assert all(torch.equal(g, every[i]) for g, i in zip(got, wanted, strict=True))
+
+
+# ---- determinism, memory, sizes
+
+
+@pytest.mark.parametrize("problem", [TINY[0], TINY[7], MODELS[0], MODELS[8], MODELS[14]], ids=str)
+def test_bitwise_deterministic_whatever_the_threads(problem: Problem, real_device: str):
+    inputs = draw(problem, torch.float32)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (threads, 1, 3, threads):
+            torch.set_num_threads(count)
+            results.append(run(ours, problem, inputs, torch.float32, real_device))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_nothing_of_logits_size_is_saved(real_device: str):
+    problem = same("saved", 16, 16, 16)
+    leaves = draw(problem, torch.float32).leaves(torch.float32, real_device)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        call(ours, problem, leaves[0], leaves[1], leaves[2:])
+    assert saved and max(saved) <= leaves[1].numel()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_no_groups(inplace: bool, device: str):
+    problem = same("empty", 3, 4, 8, batch=0)
+    inputs = draw(problem, torch.float32)
+    out, d_attn, d_q, *d_tables = run(ours, problem, inputs, torch.float32, device, inplace=inplace)
+    assert out.shape == d_attn.shape == (0, 2, 12, 12)
+    assert d_q.shape == (0, 2, 12, 8)
+    assert all(torch.equal(d, torch.zeros_like(d)) for d in d_tables)
+
+
+def test_class_tokens_are_left_alone(device: str):
+    problem = same("cls", 4, 4, 16, prefix=2)
+    leaves = draw(problem, torch.float32).leaves(torch.float32, device)
+    out = call(ours, problem, leaves[0], leaves[1], leaves[2:])
+    assert torch.equal(out[..., :2, :], leaves[0][..., :2, :])
+    assert torch.equal(out[..., :2], leaves[0][..., :2])
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_values_that_are_not_finite_stay_where_they_are(value: float, device: str):
+    problem = same("inf", 4, 8, 16)
+    attn, q, *tables = (t.detach() for t in draw(problem, torch.float32).leaves(torch.float32, device))
+    attn[0, 1, 3, 5] = value
+    out = call(ours, problem, attn, q, list(tables))
+    assert torch.isfinite(out).sum() == out.numel() - 1
+    assert not torch.isfinite(out[0, 1, 3, 5])
+
+
+def test_unused_table_rows_get_no_gradient(device: str):
+    problem = Problem("unused", (8, 8), (2, 2), 16)  # uses every fourth row
+    grads = run(ours, problem, draw(problem, torch.float32), torch.float32, device)
+    used = set(relpos_cuda.tables.index(8, 2).flatten().tolist())
+    for d_table in grads[3:5]:
+        zero = {r for r in range(15) if not d_table[r].any()}
+        assert zero == set(range(15)) - used
+
+
+@pytest.mark.slow
+def test_more_logits_than_int32_counts():
+    """33 000 x 66 000 logits: an offset that wraps would add the bias elsewhere."""
+    q_size, k_size, head_dim = (1, 33000), (1, 66000), 8
+    rows, columns = math.prod(q_size), math.prod(k_size)
+    assert rows * columns > 2**31
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(1, rows, head_dim, generator=generator).bfloat16()
+    rel_pos_h = torch.randn(1, head_dim, generator=generator).bfloat16()
+    rel_pos_w = torch.randn(2 * columns - 1, head_dim, generator=generator).bfloat16()
+    attn = torch.zeros(1, rows, columns, dtype=torch.bfloat16)
+    ours(attn, q, rel_pos_h, rel_pos_w, q_size, k_size, inplace=True)
+    for row in (0, 1, rows // 2, rows - 1):
+        rel_w = relpos_cuda.tables.index(33000, 66000)[row] if row == 0 else None
+        rows_used = rel_w if rel_w is not None else _index_row(row, rows, columns)
+        exact = (rel_pos_w[rows_used].double() + rel_pos_h.double()) @ q[0, row].double()
+        torch.testing.assert_close(attn[0, row].double(), exact, rtol=2**-8, atol=2**-8)
+
+
+def _index_row(row: int, q: int, k: int) -> torch.Tensor:
+    scaled = torch.tensor(float(row), dtype=torch.float32) * max(k / q, 1.0)
+    return ((scaled - torch.arange(k, dtype=torch.float32)) + (k - 1)).long()
