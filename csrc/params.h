@@ -35,6 +35,7 @@ struct LogitsParams {
   const void* table = nullptr;     // [table rows, D], dtype of q
   const int32_t* index = nullptr;  // csrc/shapes.h
   int block_rows = 0, factor_ld = 0, q_ld = 0;
+  bool whole_vectors = false;      // logits may be read and written 16 bytes at a time
 };
 
 struct LogitsFwdParams : LogitsParams {

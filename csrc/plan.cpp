@@ -31,7 +31,7 @@ std::string LogitsPlan::kernel(Direction direction) const {
   return name + (tensor_cores ? "_mma" : "_simt");
 }
 
-LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int logits_bytes, bool aligned, int arch) {
+LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, bool aligned, int arch) {
   LogitsPlan plan;
   const bool forward = direction == Direction::kForward;
   plan.tensor_cores = q_bytes == 2 && s.D % 8 == 0 && aligned && (forward || s.D <= kMaxProductD);
@@ -46,15 +46,12 @@ LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int log
   int rows = 64;
   while (rows > least && bytes(rows) + kReservedPerBlock > limits.per_sm / kBlocksPerSm) rows /= 2;
   if (bytes(rows) > limits.per_block && plan.tensor_cores)  // long factors: fewer rows fit without tensor cores
-    return plan_logits(direction, s, q_bytes, logits_bytes, false, arch);
+    return plan_logits(direction, s, q_bytes, false, arch);
 
-  const int vector = 16 / logits_bytes;
   if (bytes(rows) > limits.per_block) {
     plan.refusal = "the factors of one query, " + std::to_string(s.factors()) + " floats, exceed shared memory";
   } else if (rows * s.N() > kMaxOffset || s.rows() > kMaxOffset) {
     plan.refusal = "S_k = " + std::to_string(s.N()) + ", " + std::to_string(s.rows()) + " rows: beyond 32-bit offsets";
-  } else if (forward && rows < vector && s.N() % vector != 0) {
-    plan.refusal = "so long rows must be a whole number of 16-byte vectors, S_k = " + std::to_string(s.N()) + " is not";
   }
   plan.block_rows = rows;
   plan.grid = ceil_div<int64_t>(s.rows(), rows);

@@ -69,7 +69,7 @@ RELPOS_HD inline BackwardShared backward_shared(const Shape& s, int block_rows, 
   return at;
 }
 
-// bytes of an element of q and of the logits; `aligned`: q may be read two elements at a time; arch: 80, 86, 90, ...
-LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int logits_bytes, bool aligned, int arch);
+// q_bytes: of an element of q; `aligned`: q may be read two elements at a time; arch: 80, 86, 90, ...
+LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, bool aligned, int arch);
 
 }  // namespace relpos

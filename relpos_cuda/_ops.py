@@ -20,7 +20,7 @@ from . import _fallback, _loader
 
 _library = torch.library.Library("relpos_cuda", "DEF")
 
-_SCHEMAS = {
+SCHEMAS = {
     "logits_fwd": "(Tensor(a!) out, Tensor? attn, Tensor q, Tensor table, Tensor index, "
     "int[] q_size, int[] k_size, int num_prefix_tokens) -> ()",
     "logits_bwd": "(Tensor(a!)? dq, Tensor(b!)? dtable, Tensor grad, Tensor q, Tensor table, Tensor index, "
@@ -45,7 +45,7 @@ def _first_call(name: str) -> Callable[..., None]:
     return load_and_run
 
 
-for _name, _schema in _SCHEMAS.items():
+for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema)
     torch.library.register_fake(f"relpos_cuda::{_name}", lambda *args: None, lib=_library)
     _library.impl(_name, _first_call(_name), "CompositeExplicitAutograd")

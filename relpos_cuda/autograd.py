@@ -10,7 +10,6 @@ from torch.autograd.function import once_differentiable
 
 from . import _fallback, _ops, support, tables
 
-_VECTOR_BYTES = 16  # what the CUDA kernels load and store at once
 _TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy ...
 _QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
 
@@ -74,11 +73,8 @@ def _with_contiguous_rows(q: Tensor) -> Tensor:
 
 
 def _dense(logits: Tensor) -> Tensor:
-    """Logits as the kernels stream them: contiguous, and on the GPU starting at a whole vector."""
-    aligned = not logits.is_cuda or logits.storage_offset() * logits.element_size() % _VECTOR_BYTES == 0
-    if logits.is_contiguous():
-        return logits if aligned else logits.clone()
-    return logits.contiguous()
+    """Logits as the kernels stream them; itself if it is contiguous."""
+    return logits if logits.is_contiguous() else logits.contiguous()
 
 
 def _work_spaces(

@@ -44,8 +44,6 @@ def refusal(
         return None
     if dtype == "float64":
         return "float64 has no CUDA kernel"
-    if not tables.host_lookup(q_size, k_size).one_to_one:
-        return f"two keys share a table row for q_size={q_size}, k_size={k_size}"
     planner = _loader.plan()
     if planner is None:
         return "the planner is not built"
@@ -53,6 +51,8 @@ def refusal(
         plan = planner.plan_logits(direction, dtype, 1, q_size, k_size, head_dim, num_prefix_tokens, 80)
         if plan.refusal:
             return str(plan.refusal)
+    if not tables.one_to_one(q_size, k_size):
+        return f"two keys share a table row for q_size={q_size}, k_size={k_size}"
     return None
 
 

@@ -31,47 +31,53 @@ def index(q: int, k: int) -> Tensor:
 
 
 class Lookup(NamedTuple):
-    """The ``index`` argument of the ops (csrc/shapes.h) before it becomes a tensor."""
+    """The ``index`` argument of the ops (csrc/shapes.h), on the host."""
 
-    values: list[int]  # rows of all axes, then their inverses
+    values: Tensor  # int32: rows of all axes, then their inverses
     one_to_one: bool  # no two keys of a query share a row: what the CUDA kernels need
 
 
 @functools.lru_cache(maxsize=256)
 def host_lookup(q_size: Grid, k_size: Grid) -> Lookup:
     """Both directions of the index for all axes, the tables being stacked in the order of the axes."""
-    forward: list[int] = []
-    inverse: list[int] = []
+    forward: list[Tensor] = []
+    inverse: list[Tensor] = []
     first_row = 0
     one_to_one = True
-    for q, k in zip(q_size, k_size, strict=True):
-        rows = rows_of(q, k)
-        axis = index(q, k)
-        back = torch.full((q, rows), -1, dtype=torch.int64)
-        back.scatter_(1, axis, torch.arange(k).expand(q, k))
-        one_to_one &= bool(((back >= 0).sum(1) == k).all())
-        forward += (axis + first_row).flatten().tolist()
-        inverse += back.flatten().tolist()
-        first_row += rows
-    return Lookup(forward + inverse, one_to_one)
+    with torch.inference_mode(False), _disable_current_modes():
+        for q, k in zip(q_size, k_size, strict=True):
+            rows = rows_of(q, k)
+            axis = index(q, k)
+            back = torch.full((q, rows), -1, dtype=torch.int64, device="cpu")
+            back.scatter_(1, axis, torch.arange(k, device="cpu").expand(q, k))
+            one_to_one &= bool(((back >= 0).sum(1) == k).all())
+            forward.append((axis + first_row).flatten())
+            inverse.append(back.flatten())
+            first_row += rows
+        return Lookup(torch.cat(forward + inverse).int(), one_to_one)
 
 
 @functools.lru_cache(maxsize=256)
 def _device_lookup(q_size: Grid, k_size: Grid, device: torch.device) -> Tensor:
     with torch.inference_mode(False), _disable_current_modes():
-        return torch.tensor(host_lookup(q_size, k_size).values, dtype=torch.int32, device=device)
+        return host_lookup(q_size, k_size).values.to(device)
 
 
 def lookup(q_size: Grid, k_size: Grid, device: torch.device) -> Tensor:
     """The ``index`` argument of the ops, int32 on ``device``; cached, so that nothing syncs after the first call."""
     if torch._C._len_torch_dispatch_stack():  # being traced: a constant of the graph, never a cached fake
-        return torch.tensor(host_lookup(q_size, k_size).values, dtype=torch.int32, device=device)
+        return torch.tensor(host_lookup(q_size, k_size).values.tolist(), dtype=torch.int32, device=device)
     return _device_lookup(q_size, k_size, device)
+
+
+@functools.lru_cache(maxsize=256)
+def one_to_one(q_size: Grid, k_size: Grid) -> bool:
+    """Whether no two keys of a query share a table row."""
+    return host_lookup(q_size, k_size).one_to_one
 
 
 # torch.compile takes the result as a constant (torch.compiler.assume_constant_result would import dynamo now).
 lookup._dynamo_marked_constant = True  # type: ignore[attr-defined]
-host_lookup._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def resize(table: Tensor, rows: int) -> Tensor:

@@ -265,23 +265,17 @@ def test_unused_table_rows_get_no_gradient(device: str):
 
 @pytest.mark.slow
 def test_more_logits_than_int32_counts():
-    """33 000 x 66 000 logits: an offset that wraps would add the bias elsewhere."""
-    q_size, k_size, head_dim = (1, 33000), (1, 66000), 8
-    rows, columns = math.prod(q_size), math.prod(k_size)
-    assert rows * columns > 2**31
+    """An offset that wraps would add the bias elsewhere."""
+    grid, head_dim = (216, 216), 8
+    tokens = math.prod(grid)
+    assert tokens**2 > 2**31
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(1, rows, head_dim, generator=generator).bfloat16()
-    rel_pos_h = torch.randn(1, head_dim, generator=generator).bfloat16()
-    rel_pos_w = torch.randn(2 * columns - 1, head_dim, generator=generator).bfloat16()
-    attn = torch.zeros(1, rows, columns, dtype=torch.bfloat16)
-    ours(attn, q, rel_pos_h, rel_pos_w, q_size, k_size, inplace=True)
-    for row in (0, 1, rows // 2, rows - 1):
-        rel_w = relpos_cuda.tables.index(33000, 66000)[row] if row == 0 else None
-        rows_used = rel_w if rel_w is not None else _index_row(row, rows, columns)
-        exact = (rel_pos_w[rows_used].double() + rel_pos_h.double()) @ q[0, row].double()
+    q = torch.randn(1, tokens, head_dim, generator=generator).bfloat16()
+    tables = [torch.randn(2 * n - 1, head_dim, generator=generator).bfloat16() for n in grid]
+    attn = torch.zeros(1, tokens, tokens, dtype=torch.bfloat16)
+    ours(attn, q, *tables, grid, grid, inplace=True)
+    factors = reference.decomposed_rel_pos(q.double(), *(t.double() for t in tables), grid, grid)
+    for row in (0, 1, tokens // 2, tokens - 1):
+        rel_h, rel_w = (f[0, row] for f in factors)
+        exact = (rel_h[:, None] + rel_w).flatten()
         torch.testing.assert_close(attn[0, row].double(), exact, rtol=2**-8, atol=2**-8)
-
-
-def _index_row(row: int, q: int, k: int) -> torch.Tensor:
-    scaled = torch.tensor(float(row), dtype=torch.float32) * max(k / q, 1.0)
-    return ((scaled - torch.arange(k, dtype=torch.float32)) + (k - 1)).long()

@@ -57,7 +57,8 @@ void store_any(void* dst, const C* src, Dtype dtype, int64_t n) {
   with_dtype<C>(dtype, [&](auto s) { store_row(static_cast<decltype(s)*>(dst), src, n); });
 }
 
-// ---- matrix product: ROWS x VECS vectors of c stay in registers while k runs
+// ---- matrix product: ROWS x VECS vectors of the product stay in registers while k runs. It meets what c held only at
+// the end: a sum of a few products loses less than the same products added to a long sum one by one.
 #if defined(__AVX512F__)
 constexpr int kGemmRows = 6, kGemmVectors = 4;
 #elif defined(__AVX2__)
@@ -72,9 +73,7 @@ void gemm_block(const Gemm<C>& g, int64_t m0, int64_t n0) {
   const C* a = g.a + m0 * g.a_row_stride;
   const C* b = g.b + n0;
   C* c = g.c + m0 * g.ldc + n0;
-  Vec<C> acc[ROWS][VECS];
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) acc[r][v] = g.accumulate ? load(c + r * g.ldc + v * L) : Vec<C>{};
+  Vec<C> acc[ROWS][VECS] = {};
   for (int64_t k = 0; k < g.k; ++k, a += g.a_col_stride, b += g.ldb) {
     Vec<C> row[VECS];
     for (int v = 0; v < VECS; ++v) row[v] = load(b + v * L);
@@ -82,7 +81,10 @@ void gemm_block(const Gemm<C>& g, int64_t m0, int64_t n0) {
       for (int v = 0; v < VECS; ++v) acc[r][v] += a[r * g.a_row_stride] * row[v];
   }
   for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) store(c + r * g.ldc + v * L, acc[r][v]);
+    for (int v = 0; v < VECS; ++v) {
+      C* at = c + r * g.ldc + v * L;
+      store(at, g.accumulate ? load(at) + acc[r][v] : acc[r][v]);
+    }
 }
 
 template <typename C, int ROWS, int VECS>

@@ -41,7 +41,6 @@ void check_logits(const char* name, const Tensor& t, const Tensor& q, const Tens
   RELPOS_CHECK(table.scalar_type() == q.scalar_type(), "table is ", name_of(table.scalar_type()), ", q is ",
                name_of(q.scalar_type()));
   check_buffer(name, t, t.scalar_type(), s.rows() * s.N());
-  RELPOS_CHECK(is_aligned(t.const_data_ptr(), 16), name, " must start at a multiple of 16 bytes");
 }
 
 void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, const Tensor& table,
@@ -50,8 +49,8 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   const Tensor& logits = attn ? *attn : out;
   check_logits("out", out, q, table, s);
+  check_buffer("attn", logits, out.scalar_type(), out.numel());
   check_logits("attn", logits, q, table, s);
-  RELPOS_CHECK(logits.scalar_type() == out.scalar_type(), "attn and out must have the same dtype");
   if (s.rows() == 0) return;
 
   const OnDevice device(out);
@@ -59,11 +58,13 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
     using S = typename decltype(logits_type)::type;
     using T = typename decltype(q_type)::type;
     const LogitsPlan plan =
-        plan_logits(Direction::kForward, s, sizeof(T), sizeof(S), rows_are_aligned(q, strides), device.arch());
+        plan_logits(Direction::kForward, s, sizeof(T), rows_are_aligned(q, strides), device.arch());
     LogitsFwdParams p;
     fill(p, s, strides, q, table, index, plan);
     p.logits = logits.const_data_ptr();
     p.out = out.mutable_data_ptr();
+    const bool slabs = plan.block_rows * s.N() * static_cast<int64_t>(sizeof(S)) % 16 == 0;
+    p.whole_vectors = slabs && is_aligned(p.logits, 16) && is_aligned(p.out, 16);
     p.by_n = FastDiv(static_cast<int>(s.N()));
     p.by_keys_w = FastDiv(s.axis[kW].keys);
     p.by_keys_h = FastDiv(s.axis[kH].keys);
@@ -128,14 +129,15 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
     using T = typename decltype(q_type)::type;
     if (s.rows() > 0) {
       const bool aligned = is_aligned(table.const_data_ptr(), 16);
-      const LogitsPlan plan = plan_logits(Direction::kBackward, s, sizeof(T), sizeof(S), aligned, device.arch());
+      const LogitsPlan plan = plan_logits(Direction::kBackward, s, sizeof(T), aligned, device.arch());
       LogitsBwdParams p;
       fill(p, s, strides, q, table, index, plan);
       p.grad = grad.const_data_ptr();
       p.dq = dq ? dq->mutable_data_ptr() : nullptr;
       p.dfactors = dtable ? factors->mutable_data_ptr<float>() : nullptr;
       const int keys_w = s.axis[kW].keys;
-      p.lanes_own_columns = s.prefix == 0 && keys_w % kVector<S> == 0 && 32 * kVector<S> % keys_w == 0;
+      p.whole_vectors = is_aligned(p.grad, 16);
+      p.lanes_own_columns = p.whole_vectors && s.prefix == 0 && keys_w % kVector<S> == 0 && 32 * kVector<S> % keys_w == 0;
       p.by_quads = FastDiv(ceil_div(s.D, 4));
       auto kernel = logits_bwd_kernel<S, T, false>;
       if constexpr (sizeof(T) == 2)

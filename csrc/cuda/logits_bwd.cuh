@@ -25,7 +25,7 @@ struct SumRow {
   float* outer;    // [outer keys]
   float* inner;    // [keys of w]
   float* buffer;   // of this warp: kSumBuffer + kSumPadding floats
-  int64_t end;     // elements of the whole gradient
+  int64_t end;     // of the gradient that may be read by whole vectors
 };
 
 // Where image rows of keys are whole vectors and a warp loads whole image rows at once, a lane meets the same columns
@@ -76,7 +76,7 @@ __device__ __forceinline__ const float* fill_buffer(const SumRow& to, const S* g
       unpack<S>(load_stream(grad + at), x);
     } else {
 #pragma unroll
-      for (int i = 0; i < V; ++i) x[i] = at + i < to.end ? to_float(grad[at + i]) : 0.f;
+      for (int i = 0; i < V; ++i) x[i] = at + i >= begin && at + i < begin + n ? to_float(grad[at + i]) : 0.f;
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) to.buffer[v * V + i] = x[i];
@@ -84,14 +84,15 @@ __device__ __forceinline__ const float* fill_buffer(const SumRow& to, const S* g
   return to.buffer + shift;
 }
 
-// The sum of each of `lines` image rows of the buffer, `width` keys each, goes to outer[0 .. lines).
+// The sum of each of `lines` image rows of the buffer, `width` keys each, goes to outer[0 .. lines), or is added there
+// if it is not the first part of a long row.
 __device__ __forceinline__ void sum_lines(const float* x, int lines, int width, bool first, float* outer) {
   const int lane = threadIdx.x % 32;
   if (width <= 32) {
     for (int r = lane; r < lines; r += 32) {
       float sum = 0.f;
       for (int j = 0; j < width; ++j) sum += x[r * width + j];
-      outer[r] = sum;
+      outer[r] = first ? sum : outer[r] + sum;
     }
     return;
   }
@@ -138,7 +139,7 @@ __device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, f
   const int lane = threadIdx.x % 32, keys_h = s.axis[kH].keys;
   const bool with_t = s.axis[kT].rows != 0;
   float* outer = with_t ? buffer + kSumBuffer + kSumPadding : factors + s.axis[kH].factor;
-  const SumRow to{s, outer, factors + s.axis[kW].factor, buffer, s.rows() * s.N()};
+  const SumRow to{s, outer, factors + s.axis[kW].factor, buffer, p.whole_vectors ? s.rows() * s.N() : 0};
   const S* grad = static_cast<const S*>(p.grad);
   const int64_t begin = row * s.N() + s.prefix;
   if (p.lanes_own_columns) sum_row_in_registers(to, grad + begin);

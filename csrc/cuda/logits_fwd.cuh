@@ -7,9 +7,10 @@
 //   block_rows | row m0      h h h h i i i i j j j j    |    rel_h changes once per image row of keys,
 //   of one     | row m0 + 1  w0 w1 w2 w3 w0 w1 w2 w3 .. |    rel_w with every key
 //   block      +----------------------------------------+
-//              one contiguous slab, streamed as a flat array: vectors may straddle image rows and rows
+//              one contiguous slab, streamed as a flat array: vectors may straddle image rows and rows;
+//              it starts at a whole vector, or else (a view at an odd offset) is streamed by elements
 //
-//   grid     (ceil(rows / block_rows)): rows of all groups, one after another; the slab starts at a whole vector.
+//   grid     (ceil(rows / block_rows)): rows of all groups, one after another.
 //   thread   its share of the factors, then every 256th vector of the slab, kUnroll loads in flight.
 //   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, q [block_rows, q_ld].
 //   barriers rows are located; ranges, q and zeros are there; factors are complete.
@@ -59,7 +60,7 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
   const int64_t start = first_row * p.shape.N();
   const S* logits = static_cast<const S*>(p.logits) + start;
   S* out = static_cast<S*>(p.out) + start;
-  const int elements = count * static_cast<int>(p.shape.N()), vectors = elements / V;
+  const int elements = count * static_cast<int>(p.shape.N()), vectors = p.whole_vectors ? elements / V : 0;
   for (int v0 = threadIdx.x; v0 < vectors; v0 += kUnroll * kThreads) {
     uint4 regs[kUnroll];
 #pragma unroll

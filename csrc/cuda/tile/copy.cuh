@@ -29,7 +29,7 @@ constexpr int kVector = 16 / sizeof(S);  // elements of a 16-byte vector
 template <typename S>
 __device__ __forceinline__ void unpack(const uint4& v, float (&x)[kVector<S>]) {
   S e[kVector<S>];
-  memcpy(e, &v, sizeof v);
+  memcpy(static_cast<void*>(e), &v, sizeof v);
 #pragma unroll
   for (int i = 0; i < kVector<S>; ++i) x[i] = to_float(e[i]);
 }
@@ -51,10 +51,10 @@ __device__ __forceinline__ void load4(const T* p, int left, bool aligned, float 
     T e[4];
     if constexpr (sizeof(T) == 4) {
       const float4 v = *reinterpret_cast<const float4*>(p);
-      memcpy(e, &v, sizeof v);
+      memcpy(static_cast<void*>(e), &v, sizeof v);
     } else {
       const uint2 v = *reinterpret_cast<const uint2*>(p);
-      memcpy(e, &v, sizeof v);
+      memcpy(static_cast<void*>(e), &v, sizeof v);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[i] = to_float(e[i]);

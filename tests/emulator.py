@@ -1,0 +1,76 @@
+"""The CUDA ops on the CPU: csrc/cuda compiled with tests/simt instead of CUDA's runtime, registered for CPU tensors.
+
+The library takes the place of the native ops while a test runs, so that every parametrised test doubles as a test of
+the CUDA launchers and kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from simt import toolchain
+
+from relpos_cuda import _ops, autograd
+
+ROOT = Path(__file__).parent.parent
+SOURCES = [ROOT / "csrc/cuda/logits.cu", ROOT / "csrc/plan.cpp"]
+NAMESPACE = "relpos_emulated"
+
+
+def use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sends the ops of CPU tensors through the emulated library for the rest of the test."""
+    if missing := toolchain.missing():
+        pytest.skip(f"no emulator: {missing}")
+    ops = load()
+    for name in _ops.SCHEMAS:
+        monkeypatch.setattr(_ops, name, getattr(ops, name).default)
+    monkeypatch.setattr(autograd, "_needs_work_spaces", lambda q: True)
+
+
+@functools.cache
+def load() -> torch._ops._OpNamespace:
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in _ops.SCHEMAS.items():
+        library.define(name + schema)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *args: None, lib=library)
+    torch.ops.load_library(str(build()))
+    load.library = library  # type: ignore[attr-defined]  # keeps the schemas alive
+    return getattr(torch.ops, NAMESPACE)
+
+
+def build() -> Path:
+    """Compiles the library once per content of the sources; it takes about 15 seconds."""
+    torch_root = Path(torch.__file__).parent
+    flags = [
+        f"-DRELPOS_OPS={NAMESPACE}",
+        "-DRELPOS_DEVICE=CPU",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-DTORCH_STABLE_ONLY",
+        "-isystem",
+        str(torch_root / "include"),
+        f"-L{torch_root / 'lib'}",
+        "-Wl,--no-as-needed",
+        "-ltorch",
+        "-ltorch_cpu",
+    ]
+    target = ROOT / "build" / "emulated" / _digest(flags) / f"lib{NAMESPACE}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+        toolchain.compile_library(SOURCES, unfinished, extra=flags)
+        unfinished.replace(target)
+    return target
+
+
+def _digest(flags: list[str]) -> str:
+    digest = hashlib.sha256(repr(flags).encode())
+    for folder in (ROOT / "csrc", ROOT / "tests" / "simt"):
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py"):
+                digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
