@@ -29,7 +29,14 @@ inline const char* name_of(ScalarType t) {
   }
 }
 
-inline void check_buffer(const char* name, const Tensor& t, ScalarType dtype, int64_t numel) {
+inline void check_device(const char* name, const Tensor& t, const Tensor& q) {
+  RELPOS_CHECK(t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), name,
+               " must be on the device of q");
+}
+
+// A contiguous tensor of this dtype and size, on the device of q.
+inline void check_buffer(const char* name, const Tensor& t, const Tensor& q, ScalarType dtype, int64_t numel) {
+  check_device(name, t, q);
   RELPOS_CHECK(t.scalar_type() == dtype, name, " must be ", name_of(dtype), ", got ", name_of(t.scalar_type()));
   RELPOS_CHECK(t.numel() == numel, name, " must have ", numel, " elements, got ", t.numel());
   RELPOS_CHECK(t.is_contiguous(), name, " must be contiguous");
@@ -54,8 +61,9 @@ inline Shape check_problem(const Tensor& q, const Tensor& table, const Tensor& i
                  "grid sizes must be between 1 and 2^24");
   Shape s;
   set_grid(s, q_size.data(), k_size.data(), static_cast<int>(q_size.size()));
-  s.heads = dim == 4 ? static_cast<int>(q.size(1)) : 1;
-  s.groups = q.size(0) * s.heads;
+  RELPOS_CHECK(index_length(s) < (int64_t{1} << 31), "the axes are too long for a 32-bit index");
+  s.groups = dim == 4 ? q.size(0) * q.size(1) : q.size(0);
+  s.heads = dim == 4 && q.size(1) > 0 ? static_cast<int>(q.size(1)) : 1;
   s.D = static_cast<int>(q.size(-1));
   s.prefix = static_cast<int>(prefix);
   strides = {q.stride(0), dim == 4 ? q.stride(1) : 0, q.stride(dim - 2)};
@@ -63,7 +71,10 @@ inline Shape check_problem(const Tensor& q, const Tensor& table, const Tensor& i
   RELPOS_CHECK(s.D > 0 && (s.D == 1 || q.stride(-1) == 1 || q.numel() == 0), "the last axis of q must be contiguous");
   RELPOS_CHECK(table.dim() == 2 && table.size(0) == s.table_rows() && table.size(1) == s.D && table.is_contiguous(),
                "table must be contiguous [", s.table_rows(), ", ", s.D, "]");
-  check_buffer("index", index, ScalarType::Int, index_length(s));
+  RELPOS_CHECK(table.scalar_type() == q.scalar_type(), "table is ", name_of(table.scalar_type()), ", q is ",
+               name_of(q.scalar_type()));
+  check_device("table", table, q);
+  check_buffer("index", index, q, ScalarType::Int, index_length(s));
   return s;
 }
 

@@ -31,31 +31,32 @@ std::string LogitsPlan::kernel(Direction direction) const {
   return name + (tensor_cores ? "_mma" : "_simt");
 }
 
-LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, bool aligned, int arch) {
-  LogitsPlan plan;
+LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int arch) {
   const bool forward = direction == Direction::kForward;
-  plan.tensor_cores = q_bytes == 2 && s.D % 8 == 0 && aligned && (forward || s.D <= kMaxProductD);
-  plan.factor_ld = round_up(s.factors(), 4) + 4;
-  plan.q_ld = !plan.tensor_cores ? round_up(s.D, 4) : forward ? round_up(s.D, 16) + 8 : s.D + 8;
-  const auto bytes = [&](int rows) {
-    return forward ? forward_shared(rows, plan.factor_ld, plan.q_ld, plan.tensor_cores).total
-                   : backward_shared(s, rows, plan.factor_ld, plan.q_ld, plan.tensor_cores).total;
-  };
+  const bool fits_tensor_cores = q_bytes == 2 && s.D % 8 == 0 && (forward || s.D <= kMaxProductD);
   const Limits limits = limits_of(arch);
-  const int least = plan.tensor_cores ? 16 : 1;
-  int rows = 64;
-  while (rows > least && bytes(rows) + kReservedPerBlock > limits.per_sm / kBlocksPerSm) rows /= 2;
-  if (bytes(rows) > limits.per_block && plan.tensor_cores)  // long factors: fewer rows fit without tensor cores
-    return plan_logits(direction, s, q_bytes, false, arch);
-
-  if (bytes(rows) > limits.per_block) {
-    plan.refusal = "the factors of one query, " + std::to_string(s.factors()) + " floats, exceed shared memory";
-  } else if (rows * s.N() > kMaxOffset || s.rows() > kMaxOffset) {
-    plan.refusal = "S_k = " + std::to_string(s.N()) + ", " + std::to_string(s.rows()) + " rows: beyond 32-bit offsets";
+  LogitsPlan plan;
+  for (const bool tensor_cores : {true, false}) {  // long factors: fewer rows fit without tensor cores
+    if (tensor_cores && !fits_tensor_cores) continue;
+    plan.tensor_cores = tensor_cores;
+    plan.factor_ld = round_up(s.factors(), 4) + 4;
+    plan.q_ld = tensor_cores ? round_up(s.D, 16) + 8 : round_up(s.D, 4);
+    const auto bytes = [&](int rows) {
+      return forward ? forward_shared(rows, plan.factor_ld, plan.q_ld, tensor_cores).total
+                     : backward_shared(s, rows, plan.factor_ld, plan.q_ld, tensor_cores).total;
+    };
+    const int least = tensor_cores ? 16 : 1;
+    plan.block_rows = 64;
+    while (plan.block_rows > least && bytes(plan.block_rows) + kReservedPerBlock > limits.per_sm / kBlocksPerSm)
+      plan.block_rows /= 2;
+    plan.shared_bytes = bytes(plan.block_rows);
+    if (plan.shared_bytes <= limits.per_block) break;
   }
-  plan.block_rows = rows;
-  plan.grid = ceil_div<int64_t>(s.rows(), rows);
-  plan.shared_bytes = bytes(rows);
+  plan.grid = ceil_div<int64_t>(s.rows(), plan.block_rows);
+  if (plan.shared_bytes > limits.per_block)
+    plan.refusal = "the factors of one query, " + std::to_string(s.factors()) + " floats, exceed shared memory";
+  else if (plan.block_rows * s.N() > kMaxOffset || s.rows() > kMaxOffset || index_length(s) > kMaxOffset)
+    plan.refusal = "S_k = " + std::to_string(s.N()) + ", " + std::to_string(s.rows()) + " rows: beyond 32-bit offsets";
   return plan;
 }
 

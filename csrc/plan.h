@@ -14,7 +14,9 @@ constexpr int kThreads = 256;     // of every logits kernel
 constexpr int kWarps = kThreads / 32;
 constexpr int kSumBuffer = 512;   // elements a warp of the backward sums at once
 constexpr int kSumPadding = 16;   // around them: a vector that begins before, one that ends behind
-constexpr int kMaxProductD = 128; // head dimensions that the tensor-core products of the backward take
+constexpr int kProductDepth = 32; // summands that a tensor-core product of the backward stages at once
+constexpr int kProductPad = 8;    // elements that keep ldmatrix free of bank conflicts
+constexpr int kMaxProductD = 128; // head dimensions it takes
 
 enum class Direction { kForward, kBackward };
 
@@ -44,7 +46,7 @@ struct ForwardShared {
 RELPOS_HD inline ForwardShared forward_shared(int block_rows, int factor_ld, int q_ld, bool tensor_cores) {
   ForwardShared at{};
   at.ranges = at.rows + block_rows * static_cast<int64_t>(sizeof(RowOfTile));
-  at.factors = at.ranges + 32;
+  at.factors = round_up<int64_t>(at.ranges + 2 * kAxes * sizeof(int), 16);
   at.q = at.factors + round_up<int64_t>(static_cast<int64_t>(block_rows) * factor_ld * 4, 16);
   at.total = at.q + round_up<int64_t>(static_cast<int64_t>(block_rows) * q_ld * (tensor_cores ? 2 : 4), 16);
   return at;
@@ -56,20 +58,19 @@ struct BackwardShared {
 };
 RELPOS_HD inline BackwardShared backward_shared(const Shape& s, int block_rows, int factor_ld, int q_ld,
                                                 bool tensor_cores) {
-  constexpr int kDepth = 32, kPad = 8;  // of the product: mma.cuh
   BackwardShared at{};
   at.ranges = at.rows + block_rows * static_cast<int64_t>(sizeof(RowOfTile));
-  at.factors = at.ranges + 32;
+  at.factors = round_up<int64_t>(at.ranges + 2 * kAxes * sizeof(int), 16);
   at.sums = at.high = at.factors + round_up<int64_t>(static_cast<int64_t>(block_rows) * factor_ld * 4, 16);
   at.sums_per_warp = (kSumBuffer + kSumPadding + (s.axis[kT].rows ? round_up(s.outer_keys(), 4) : 0)) * 4;
-  at.low = at.high + static_cast<int64_t>(block_rows) * (kDepth + kPad) * 2;
-  at.table = at.low + static_cast<int64_t>(block_rows) * (kDepth + kPad) * 2;
-  const int64_t sums_end = at.sums + kWarps * at.sums_per_warp, product_end = at.table + kDepth * q_ld * 2;
+  at.low = at.high + static_cast<int64_t>(block_rows) * (kProductDepth + kProductPad) * 2;
+  at.table = at.low + static_cast<int64_t>(block_rows) * (kProductDepth + kProductPad) * 2;
+  const int64_t sums_end = at.sums + kWarps * at.sums_per_warp, product_end = at.table + kProductDepth * q_ld * 2;
   at.total = tensor_cores && product_end > sums_end ? product_end : sums_end;
   return at;
 }
 
-// q_bytes: of an element of q; `aligned`: q may be read two elements at a time; arch: 80, 86, 90, ...
-LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, bool aligned, int arch);
+// q_bytes: of an element of q; arch: 80, 86, 90, ...
+LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int arch);
 
 }  // namespace relpos

@@ -40,7 +40,7 @@ NamedPlan plan(const std::string& direction, const std::string& dtype, int64_t g
   s.D = head_dim;
   s.prefix = num_prefix_tokens;
   const Direction way = direction == "forward" ? Direction::kForward : Direction::kBackward;
-  const LogitsPlan p = plan_logits(way, s, bytes_of(dtype), true, arch);
+  const LogitsPlan p = plan_logits(way, s, bytes_of(dtype), arch);
   return {p.kernel(way), p.refusal, p.block_rows, kThreads, p.shared_bytes, p.grid};
 }
 

@@ -35,7 +35,7 @@ struct Axis {
   int queries = 1, keys = 1;  // grid sizes
   int rows = 0;               // table rows of this axis: 2 * max(queries, keys) - 1, or 0
   int first_row = 0;          // where they start in the table
-  int index = 0, inverse = 0; // where its two lookups start in `index`
+  int64_t index = 0, inverse = 0;  // where its two lookups start in `index`
   int factor = 0;             // where its keys start in a row of factors [t | h | w]
 
   RELPOS_HD int factors() const { return rows ? keys : 0; }
@@ -64,7 +64,8 @@ struct Shape {
 
 // Fills in everything that follows from the grid sizes; `axes` is 2 (h, w) or 3 (t, h, w).
 inline void set_grid(Shape& s, const int64_t* q_size, const int64_t* k_size, int axes) {
-  int first_row = 0, offset = 0, factor = 0;
+  int first_row = 0, factor = 0;
+  int64_t offset = 0;
   for (int a = kAxes - axes; a < kAxes; ++a) {
     Axis& axis = s.axis[a];
     axis.queries = static_cast<int>(q_size[a - (kAxes - axes)]);
@@ -74,12 +75,12 @@ inline void set_grid(Shape& s, const int64_t* q_size, const int64_t* k_size, int
     axis.index = offset;
     axis.factor = factor;
     first_row += axis.rows;
-    offset += axis.queries * axis.keys;
+    offset += static_cast<int64_t>(axis.queries) * axis.keys;
     factor += axis.keys;
   }
   for (int a = kAxes - axes; a < kAxes; ++a) {
     s.axis[a].inverse = offset;
-    offset += s.axis[a].queries * s.axis[a].rows;
+    offset += static_cast<int64_t>(s.axis[a].queries) * s.axis[a].rows;
   }
 }
 

@@ -5,6 +5,7 @@ Slower, but right and memory-bounded: beside the logits themselves nothing of si
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -57,7 +58,7 @@ def logits_bwd(
     axes = len(q_size)
     for axis, rows in _axes(index, q_size, k_size):
         others = [1 + axes + a for a in range(axes) if a != axis]
-        dfactor = on_grids.sum(others, dtype=accumulate)  # [G, *q_size, k]
+        dfactor = _sum(on_grids, others, accumulate)  # [G, *q_size, k]
         by_coordinate = dfactor.movedim(1 + axis, 0).flatten(1, -2)  # [q, queries, k]
         if dq is not None:
             part = by_coordinate @ table[rows].to(accumulate)
@@ -81,7 +82,7 @@ def _without(shape: torch.Size, axis: int) -> list[int]:
 def _on_grids(t: Tensor, q: Tensor, q_size: list[int], k_size: list[int], prefix: int) -> Tensor:
     """View of the logits' grid part, ``[G, *q_size, *k_size]``."""
     groups, queries = q.shape[:-2].numel(), q.shape[-2]
-    part = t.view(groups, queries, -1)[:, prefix:, prefix:]
+    part = t.view(groups, queries, prefix + math.prod(k_size))[:, prefix:, prefix:]
     return part.unflatten(2, k_size).unflatten(1, q_size)
 
 
@@ -102,6 +103,13 @@ def _factors(grid: Tensor, rows: Tensor, axis: int, axes: int) -> Tensor:
     letters = "thw"[-axes:]
     c = letters[axis]
     return torch.einsum(f"g{letters}d,{c}id->g{letters}i", grid, rows)
+
+
+def _sum(logits: Tensor, axes: list[int], dtype: torch.dtype) -> Tensor:
+    """``logits.sum(axes, dtype)``, a group at a time: PyTorch converts all it sums before it sums it."""
+    if logits.dtype == dtype or not len(logits):
+        return logits.sum(axes, dtype=dtype)
+    return torch.cat([group.sum(axes, dtype=dtype) for group in logits.split(1)])
 
 
 def _add_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 
 import torch
@@ -28,35 +29,51 @@ def is_supported(
     Returns:
         None if a fused kernel takes it; otherwise the reason why the slower PyTorch path will be used.
     """
-    return refusal(
-        q.device.type, str(q.dtype).removeprefix("torch."), tuple(q_size), tuple(k_size), q.shape[-1], num_prefix_tokens
-    )
+    dtype = str(q.dtype).removeprefix("torch.")
+    groups = math.prod(q.shape[:-2])
+    return refusal(q.device, dtype, groups, tuple(q_size), tuple(k_size), q.shape[-1], num_prefix_tokens)
 
 
 @functools.lru_cache(maxsize=1024)
 def refusal(
-    device: str, dtype: str, q_size: tables.Grid, k_size: tables.Grid, head_dim: int, num_prefix_tokens: int
+    device: torch.device,
+    dtype: str,
+    groups: int,
+    q_size: tables.Grid,
+    k_size: tables.Grid,
+    head_dim: int,
+    num_prefix_tokens: int,
 ) -> str | None:
     """The reason, from plain values: cached, and a constant for torch.compile."""
-    if device not in ("cpu", "cuda"):
-        return f"there is no kernel for {device} tensors"
-    if device == "cpu":
-        return None
+    if device.type not in ("cpu", "cuda"):
+        return f"there is no kernel for {device.type} tensors"
+    if device.type == "cpu":
+        return None if _loader.load("cpu") else f"the CPU library is not usable: {_loader.status()['cpu'].reason}"
     if dtype == "float64":
         return "float64 has no CUDA kernel"
     planner = _loader.plan()
     if planner is None:
         return "the planner is not built"
     for direction in ("forward", "backward"):
-        plan = planner.plan_logits(direction, dtype, 1, q_size, k_size, head_dim, num_prefix_tokens, 80)
+        plan = planner.plan_logits(direction, dtype, groups, q_size, k_size, head_dim, num_prefix_tokens, _arch(device))
         if plan.refusal:
             return str(plan.refusal)
     if not tables.one_to_one(q_size, k_size):
         return f"two keys share a table row for q_size={q_size}, k_size={k_size}"
+    if torch.cuda.is_available() and not _loader.load("cuda"):
+        return f"the CUDA library is not usable: {_loader.status()['cuda'].reason}"
     return None
 
 
 refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _arch(device: torch.device) -> int:
+    """Compute capability, 80 for a GPU that is only talked about."""
+    if not torch.cuda.is_available():
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ float32: for sizes without an integer ratio, other precisions select other rows.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -82,10 +82,30 @@ lookup._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def resize(table: Tensor, rows: int) -> Tensor:
     """``table`` linearly interpolated to ``rows`` rows (align_corners=False); itself if it has them already."""
-    if table.shape[0] == rows:
-        return table
-    resized = F.interpolate(table.t()[None], size=rows, mode="linear")
-    return resized[0].t()
+    return table if table.shape[0] == rows else _Resize.apply(table, rows)
+
+
+def _interpolate(table: Tensor, rows: int) -> Tensor:
+    return F.interpolate(table.t()[None], size=rows, mode="linear")[0].t()
+
+
+class _Resize(torch.autograd.Function):
+    """Linear, so its gradient is a product with its own matrix: deterministic, which PyTorch's own is not on a GPU."""
+
+    @staticmethod
+    def forward(table: Tensor, rows: int) -> Tensor:
+        return _interpolate(table, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
+        table, ctx.rows = inputs
+        ctx.length, ctx.dtype = table.shape[0], table.dtype
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
+        identity = torch.eye(ctx.length, dtype=wide, device=grad.device)
+        return (_interpolate(identity, ctx.rows).t() @ grad.to(wide)).to(ctx.dtype), None
 
 
 def stack(tables: list[Tensor], q_size: Grid, k_size: Grid) -> Tensor:

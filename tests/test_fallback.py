@@ -34,6 +34,25 @@ def test_same_numbers(problem: Problem, dtype: torch.dtype, real_device: str, wi
             assert_close_as_eager(g, r, e, name)
 
 
+def test_no_groups(without_kernels):
+    problem = Problem("empty", (2, 3), (2, 3), 8, batch=0)
+    out, _, d_q, *d_tables = run(ours, problem, draw(problem, torch.float32), torch.float32)
+    assert out.shape == (0, 2, 6, 6) and d_q.shape == (0, 2, 6, 8)
+    assert not any(d.any() for d in d_tables)
+
+
+def test_no_copy_of_half_precision_gradients(without_kernels):
+    """Summing them in float32 must not make a float32 copy of them all."""
+    grad = torch.zeros(64, 256, 256, dtype=torch.bfloat16)
+    q, table = torch.zeros(64, 256, 8, dtype=torch.bfloat16), torch.zeros(62, 8, dtype=torch.bfloat16)
+    index = relpos_cuda.tables.lookup((16, 16), (16, 16), torch.device("cpu"))
+    dq, dtable = torch.empty_like(q), torch.empty(62, 8)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        _fallback.logits_bwd(dq, dtable, grad, q, table, index, None, None, [16, 16], [16, 16], 0)
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert 0 < largest < grad.numel()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_keys_that_share_a_row_on_the_cpu_kernel(dtype: torch.dtype):
     inputs = draw(SHARED_ROW, dtype)

@@ -408,7 +408,7 @@ void check_logits(const char* name, const Tensor& t, const Shape& s, const Tenso
   const bool same = t.scalar_type() == q.scalar_type();
   RELPOS_CHECK(same || (t.scalar_type() == ScalarType::Float && q.scalar_type() != ScalarType::Double), name, " is ",
                name_of(t.scalar_type()), ", q is ", name_of(q.scalar_type()));
-  check_buffer(name, t, t.scalar_type(), s.rows() * s.N());
+  check_buffer(name, t, q, t.scalar_type(), s.rows() * s.N());
 }
 
 template <typename F>
@@ -424,7 +424,7 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   const Tensor& logits = attn ? *attn : out;
   check_logits("out", out, s, q);
-  check_buffer("attn", logits, out.scalar_type(), out.numel());
+  check_buffer("attn", logits, q, out.scalar_type(), out.numel());
   if (s.groups == 0) return;
   with_problem(s, strides, q, out,
                [&](const auto& p) { forward(p, out, logits, table, index.const_data_ptr<int32_t>()); });
@@ -437,9 +437,9 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   check_logits("grad", grad, s, q);
-  if (dq) check_buffer("dq", *dq, q.scalar_type(), q.numel());
+  if (dq) check_buffer("dq", *dq, q, q.scalar_type(), q.numel());
   if (dtable)
-    check_buffer("dtable", *dtable, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
+    check_buffer("dtable", *dtable, q, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
                  table.numel());
   if (s.groups == 0) {
     if (dtable) std::memset(dtable->mutable_data_ptr(), 0, dtable->numel() * bytes_of(dtype_of("dtable", *dtable)));

@@ -48,7 +48,6 @@ void store_row(S* dst, const double* src, int64_t n) {
 
 template <typename C>
 void load_any(C* dst, const void* src, Dtype dtype, int64_t n) {
-  if (sizeof(C) == 8 && dtype == Dtype::kFloat32) return load_row(dst, static_cast<const float*>(src), n);
   with_dtype<C>(dtype, [&](auto s) { load_row(dst, static_cast<const decltype(s)*>(src), n); });
 }
 

@@ -20,9 +20,9 @@ namespace {
 
 bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
-// Tensor-core prologues read q in pairs of elements.
-bool rows_are_aligned(const Tensor& q, const QueryStrides& strides) {
-  return is_aligned(q.const_data_ptr(), 4) && strides.batch % 2 == 0 && strides.head % 2 == 0 && strides.row % 2 == 0;
+// Kernels read rows of the table by vectors of 16 bytes.
+void check_table_alignment(const Tensor& table) {
+  RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");
 }
 
 void fill(LogitsParams& p, const Shape& s, const QueryStrides& strides, const Tensor& q, const Tensor& table,
@@ -37,28 +37,21 @@ void fill(LogitsParams& p, const Shape& s, const QueryStrides& strides, const Te
   p.q_ld = plan.q_ld;
 }
 
-void check_logits(const char* name, const Tensor& t, const Tensor& q, const Tensor& table, const Shape& s) {
-  RELPOS_CHECK(table.scalar_type() == q.scalar_type(), "table is ", name_of(table.scalar_type()), ", q is ",
-               name_of(q.scalar_type()));
-  check_buffer(name, t, t.scalar_type(), s.rows() * s.N());
-}
-
 void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, const Tensor& table,
                 const Tensor& index, std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix) {
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   const Tensor& logits = attn ? *attn : out;
-  check_logits("out", out, q, table, s);
-  check_buffer("attn", logits, out.scalar_type(), out.numel());
-  check_logits("attn", logits, q, table, s);
+  check_buffer("out", out, q, out.scalar_type(), s.rows() * s.N());
+  check_buffer("attn", logits, q, out.scalar_type(), out.numel());
+  check_table_alignment(table);
   if (s.rows() == 0) return;
 
   const OnDevice device(out);
   dispatch_dtypes(out.scalar_type(), q.scalar_type(), [&](auto logits_type, auto q_type) {
     using S = typename decltype(logits_type)::type;
     using T = typename decltype(q_type)::type;
-    const LogitsPlan plan =
-        plan_logits(Direction::kForward, s, sizeof(T), rows_are_aligned(q, strides), device.arch());
+    const LogitsPlan plan = plan_logits(Direction::kForward, s, sizeof(T), device.arch());
     LogitsFwdParams p;
     fill(p, s, strides, q, table, index, plan);
     p.logits = logits.const_data_ptr();
@@ -103,14 +96,17 @@ void launch_table_gradient(const OnDevice& device, const Shape& s, const QuerySt
   device.launch(table_sum_kernel, dim3(s.table_rows()), kThreads, 0, p);
 }
 
-void check_work_spaces(const Shape& s, const std::optional<Tensor>& factors, const std::optional<Tensor>& partials) {
+void check_work_spaces(const Shape& s, const Tensor& q, const std::optional<Tensor>& factors,
+                       const std::optional<Tensor>& partials) {
   RELPOS_CHECK(factors && partials, "dtable needs the work spaces factors and partials");
   int64_t pairs = 0;
   for (const Axis& a : s.axis) pairs += a.rows ? static_cast<int64_t>(a.queries) * a.keys : 0;
-  RELPOS_CHECK(partials->dim() == 3 && partials->size(0) >= 1 && partials->size(0) <= 65535, "partials must be [splits, ",
-               pairs, ", ", s.D, "]");
-  check_buffer("factors", *factors, ScalarType::Float, s.rows() * s.factors());
-  check_buffer("partials", *partials, ScalarType::Float, partials->size(0) * pairs * s.D);
+  constexpr int64_t kMostSplits = 65535;  // the second axis of a grid
+  RELPOS_CHECK(partials->dim() == 3 && partials->size(0) >= 1 && partials->size(0) <= kMostSplits &&
+                   partials->size(1) == pairs && partials->size(2) == s.D,
+               "partials must be [splits, ", pairs, ", ", s.D, "]");
+  check_buffer("factors", *factors, q, ScalarType::Float, s.rows() * s.factors());
+  check_buffer("partials", *partials, q, ScalarType::Float, partials->numel());
 }
 
 void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q,
@@ -119,17 +115,17 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
                 int64_t prefix) {
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
-  check_logits("grad", grad, q, table, s);
-  if (dq) check_buffer("dq", *dq, q.scalar_type(), q.numel());
-  if (dtable) check_buffer("dtable", *dtable, ScalarType::Float, table.numel());
-  if (dtable) check_work_spaces(s, factors, partials);
+  check_buffer("grad", grad, q, grad.scalar_type(), s.rows() * s.N());
+  check_table_alignment(table);
+  if (dq) check_buffer("dq", *dq, q, q.scalar_type(), q.numel());
+  if (dtable) check_buffer("dtable", *dtable, q, ScalarType::Float, table.numel());
+  if (dtable) check_work_spaces(s, q, factors, partials);
   const OnDevice device(grad);
   dispatch_dtypes(grad.scalar_type(), q.scalar_type(), [&](auto grad_type, auto q_type) {
     using S = typename decltype(grad_type)::type;
     using T = typename decltype(q_type)::type;
     if (s.rows() > 0) {
-      const bool aligned = is_aligned(table.const_data_ptr(), 16);
-      const LogitsPlan plan = plan_logits(Direction::kBackward, s, sizeof(T), aligned, device.arch());
+      const LogitsPlan plan = plan_logits(Direction::kBackward, s, sizeof(T), device.arch());
       LogitsBwdParams p;
       fill(p, s, strides, q, table, index, plan);
       p.grad = grad.const_data_ptr();

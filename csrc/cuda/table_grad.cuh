@@ -50,7 +50,7 @@ __device__ __forceinline__ void find_query(const TableGradParams& p, const GradB
 
 // Stages queries u0 .. u0 + 31: put_factor(query, key, x), put_q(query, d, x), zero past the end of anything.
 template <typename T, typename F, typename G>
-__device__ __forceinline__ void stage_queries(const TableGradParams& p, const GradBlock& block, int64_t u0, int i0,
+__device__ __forceinline__ void stage_share(const TableGradParams& p, const GradBlock& block, int64_t u0, int i0,
                                               int d0, F&& put_factor, G&& put_q) {
   const Axis& axis = p.shape.axis[block.a];
   const int query = threadIdx.x / kStagers, first = threadIdx.x % kStagers;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const Gr
   const WarpShare mine(kProductRows, columns);
   float acc[kProductBlocks][4] = {};
   for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
-    stage_queries<T>(
+    stage_share<T>(
         p, block, u0, i0, d0,
         [&](int query, int i, float x) { split(x, high[query * kFactorLd + i], low[query * kFactorLd + i]); },
         [&](int query, int d, T x) { q_smem[query * kQLd + d] = x; });
@@ -98,7 +98,7 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
   const int keys = p.shape.axis[block.a].keys, x = threadIdx.x % kGradSide, y = threadIdx.x / kGradSide;
   float acc[kGradKeysPerThread][kGradDPerThread] = {};
   for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
-    stage_queries<T>(
+    stage_share<T>(
         p, block, u0, i0, d0, [&](int query, int i, float f) { factors_smem[query * kProductRows + i] = f; },
         [&](int query, int d, T e) { q_smem[query * kProductColumns + d] = to_float(e); });
     __syncthreads();

@@ -1,15 +1,15 @@
 // mma.cuh - products of a float32 operand with a half precision one on tensor cores.
 //
 // The float32 operand is split, x = high + low, both in the half type: two products, an error of 2^-16 (bfloat16) or
-// 2^-22 (float16) of x, which is below that of the float32 sum around it.
+// 2^-22 (float16) of x, far below the rounding of a result in that type.
 #pragma once
+#include "../../plan.h"
 #include "copy.cuh"
 
 namespace relpos {
 
-constexpr int kProductRows = 64, kProductDepth = 32, kProductColumns = 128;  // largest tile of one block
-constexpr int kProductPad = 8;        // elements that keep ldmatrix free of bank conflicts
-constexpr int kProductBlocks = 8;     // of 8 columns, per warp
+constexpr int kProductRows = 64, kProductColumns = kMaxProductD;  // largest tile of one block
+constexpr int kProductBlocks = 8;                                 // of 8 columns, per warp
 
 template <typename T>
 __device__ __forceinline__ void split(float x, T& high, T& low) {

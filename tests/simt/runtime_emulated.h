@@ -1,0 +1,31 @@
+// runtime_emulated.h - csrc/cuda/runtime.h for the CPU: the same launchers and kernels, run by the shim.
+#pragma once
+#include <cstdlib>
+#include <stdexcept>
+
+#include "../../csrc/checks.h"
+#include "simt.h"
+
+namespace relpos {
+
+inline uint4 load_stream(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) throw std::runtime_error("load_stream: misaligned address");
+  return *static_cast<const uint4*>(p);
+}
+
+// Stands for a GPU of compute capability RELPOS_EMULATED_ARCH (80 if unset).
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor&) {}
+  int arch() const {
+    const char* arch = std::getenv("RELPOS_EMULATED_ARCH");
+    return arch ? std::atoi(arch) : 80;
+  }
+
+  template <typename Params>
+  void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, const Params& params) const {
+    simt::launch(kernel, grid, dim3(threads), static_cast<size_t>(shared_bytes), params);
+  }
+};
+
+}  // namespace relpos
