@@ -18,10 +18,10 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <string>
 
 #include "../checks.h"
+#include "tiles.h"
 
 namespace relpos {
 namespace {
@@ -58,24 +58,6 @@ const LogitsKernels<C>& kernels() {
   return pick<C>(baseline::kLogitsFloat, baseline::kLogitsDouble);
 }
 
-// ---- memory: zeroed, aligned to the widest vector
-template <typename C>
-class Buffer {
- public:
-  explicit Buffer(int64_t n)
-      : data_(static_cast<C*>(std::aligned_alloc(kPadBytes, round_up<int64_t>(n * sizeof(C) + kPadBytes, kPadBytes)))) {
-    RELPOS_CHECK(data_ != nullptr, "out of memory for a CPU work buffer of ", n, " elements");
-    std::memset(data_.get(), 0, n * sizeof(C) + kPadBytes);
-  }
-  C* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(C* p) const { std::free(p); }
-  };
-  std::unique_ptr<C, Free> data_;
-};
-
 Dtype dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float: return Dtype::kFloat32;
@@ -87,86 +69,6 @@ Dtype dtype_of(const char* name, const Tensor& t) {
 }
 
 int64_t bytes_of(Dtype t) { return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2; }
-
-// ---- the rows of one axis that one query coordinate uses, R[c] = [keys, D]
-//
-// Stored back to front, so that the row of key i is start(c) + i where the grids agree ("windowed").
-// Otherwise each coordinate's rows are gathered into a block of their own.
-template <typename C>
-struct AxisRows {
-  const Axis* axis = nullptr;
-  const int32_t* index = nullptr;
-  bool windowed = true;
-  int64_t d_padded = 0, column_ld = 0;
-  Buffer<C> rows{0}, columns{0};  // [.., D padded] and [D, ..]
-
-  int64_t last_row() const { return axis->first_row + axis->rows - 1; }
-  int64_t start(int64_t c) const { return last_row() - index[c * axis->keys]; }
-  const C* by_row(int64_t c) const {
-    return rows.get() + (windowed ? start(c) : c * axis->keys) * d_padded;
-  }
-  const C* by_column(int64_t c, int64_t D) const {
-    return columns.get() + (windowed ? start(c) : c * D * column_ld);
-  }
-};
-
-template <typename C>
-bool is_windowed(const AxisRows<C>& r) {
-  for (int64_t c = 0; c < r.axis->queries; ++c)
-    for (int64_t i = 1; i < r.axis->keys; ++i)
-      if (r.index[c * r.axis->keys + i] != r.index[c * r.axis->keys] - i) return false;
-  return true;
-}
-
-// table: [rows, D padded] in the compute type. Forward reads columns, backward reads rows.
-template <typename C>
-AxisRows<C> arrange(const Shape& s, const Axis& axis, const int32_t* index, const C* table, bool forward) {
-  AxisRows<C> r;
-  r.axis = &axis;
-  r.index = index + axis.index;
-  r.windowed = is_windowed(r);
-  r.d_padded = padded<C>(s.D);
-  const int64_t blocks = r.windowed ? 1 : axis.queries, length = r.windowed ? axis.rows : axis.keys;
-  r.column_ld = padded<C>(length + (r.windowed ? kPadBytes / sizeof(C) : 0));  // a window may end past the last row
-  if (forward) r.columns = Buffer<C>(blocks * s.D * r.column_ld);
-  else r.rows = Buffer<C>(blocks * length * r.d_padded);
-  for (int64_t c = 0; c < blocks; ++c)
-    for (int64_t i = 0; i < length; ++i) {
-      const C* row = table + (r.windowed ? r.last_row() - i : r.index[c * axis.keys + i]) * r.d_padded;
-      if (!forward) std::memcpy(r.rows.get() + (c * length + i) * r.d_padded, row, r.d_padded * sizeof(C));
-      else
-        for (int64_t d = 0; d < s.D; ++d) r.columns.get()[(c * s.D + d) * r.column_ld + i] = row[d];
-    }
-  return r;
-}
-
-// ---- tiles
-struct Tile {
-  int64_t group, line, lines, column, columns;
-  int64_t queries() const { return lines * columns; }
-};
-
-class Tiling {
- public:
-  explicit Tiling(const Shape& s)
-      : groups_(s.groups), lines_(s.axis[kT].queries * s.axis[kH].queries), columns_(s.axis[kW].queries) {
-    tile_columns_ = std::min<int64_t>(columns_, 128);
-    tile_lines_ = std::max<int64_t>(1, std::min(lines_, kTileQueries / tile_columns_));
-    line_tiles_ = ceil_div(lines_, tile_lines_);
-    column_tiles_ = ceil_div(columns_, tile_columns_);
-  }
-  int64_t count() const { return groups_ * line_tiles_ * column_tiles_; }
-  int64_t max_queries() const { return tile_lines_ * tile_columns_; }
-  Tile operator[](int64_t i) const {
-    const int64_t column = i % column_tiles_ * tile_columns_, line = i / column_tiles_ % line_tiles_ * tile_lines_;
-    return {i / column_tiles_ / line_tiles_, line, std::min(tile_lines_, lines_ - line), column,
-            std::min(tile_columns_, columns_ - column)};
-  }
-
- private:
-  static constexpr int64_t kTileQueries = 384;  // 6 lines of 64: factors of a tile stay in a core's L2
-  int64_t groups_, lines_, columns_, tile_lines_, tile_columns_, line_tiles_, column_tiles_;
-};
 
 // ---- one call of the op, everything resolved
 template <typename C>
@@ -204,22 +106,6 @@ struct Scratch {
 template <typename C>
 int64_t factor_ld(const Problem<C>& p, int a) {
   return a == kT ? p.t_ld : a == kH ? p.h_ld : p.w_ld;
-}
-
-// The queries of a tile that share coordinate c of axis a: `count` rows, the first and the step between them.
-struct Sharing {
-  int64_t coordinate, first, count, step;
-};
-template <typename F>
-void for_each_sharing(const Shape& s, const Tile& t, int a, F&& f) {
-  if (a == kW) {
-    for (int64_t x = 0; x < t.columns; ++x) f(Sharing{t.column + x, x, t.lines, t.columns});
-  } else {
-    for (int64_t y = 0; y < t.lines; ++y) {
-      const int64_t line = t.line + y, h = s.axis[kH].queries;
-      f(Sharing{a == kH ? line % h : line / h, y * t.columns, t.columns, 1});
-    }
-  }
 }
 
 template <typename C>
