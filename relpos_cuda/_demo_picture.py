@@ -1,14 +1,16 @@
-"""The picture of the demo: photo, features of stock and of patched, their difference, time, memory."""
+"""The picture of the demo: photo, features of stock and of patched, difference, time, memory."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-INK, FAINT, STOCK_BAR, OUR_BAR = "#1f2430", "#8a91a0", "#c3c9d5", "#3b6fd4"
+INK, FAINT, STOCK_BAR, OUR_BAR = "#1f2430", "#6c7383", "#c3c9d5", "#3b6fd4"
 
 
 def save(
@@ -17,63 +19,69 @@ def save(
     stock: Tensor,  # [C, h, w]
     patched: Tensor,  # [C, h, w]
     title: str,
+    setting: str,
     costs: dict[str, tuple[float, float]],  # variant -> seconds, GiB; the last one is ours
 ) -> None:
     """Features are shown in three principal components of ``stock``, the same ones for both."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    error = (patched - stock).norm(dim=0) / stock.norm(dim=0).mean()
-    decade = -math.floor(math.log10(error.max().item())) if error.any() else 0
-    amplified = f"10$^{{{decade}}}$ x difference" if error.any() else "difference: none at all"
     colours = principal_colours(stock)
+    error = ((patched - stock).norm(dim=0) / stock.norm(dim=0).mean()).nan_to_num()
+    factor = round_number_below(1 / error.max().item()) if error.any() else 1.0
     panels = [
         ("photograph", photo.permute(1, 2, 0) / 255),
         ("features, stock", colours(stock)),
         ("features, patched", colours(patched)),
-        (amplified, error * 10.0**decade),
+        (f"difference x {factor:,.9g}" if error.any() else "difference: none, bit for bit", error * factor),
     ]
 
-    figure = Figure(figsize=(16, 5.9), dpi=125, layout="constrained", facecolor="white")
-    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06, wspace=0.015, hspace=0.04)
-    grid = figure.add_gridspec(2, 4, height_ratios=(1, 0.19))
-    for column, (name, image) in enumerate(panels):
-        axes = figure.add_subplot(grid[0, column])
-        smooth = "antialiased" if column == 0 else "bicubic"
-        axes.imshow(image.numpy(), interpolation=smooth, cmap="magma", vmin=0, vmax=10)
-        axes.set_title(name, color=INK, fontsize=13, loc="left")
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.04, wspace=0.02)
+    figure: Any = Figure(figsize=(16, 6.3), dpi=125, layout=layout, facecolor="white")
+    header, pictures, charts = figure.subfigures(3, 1, height_ratios=(0.74, 4.15, 1.2))
+    header.text(0.006, 0.7, title, color=INK, fontsize=18, fontweight="bold", va="center")
+    header.text(0.006, 0.28, setting, color=FAINT, fontsize=12.5, va="center")
+    for axes, (name, image) in zip(pictures.subplots(1, 4), panels, strict=True):
+        smooth = "antialiased" if name == "photograph" else "bicubic"
+        axes.imshow(image.numpy(), interpolation=smooth, cmap="magma", vmin=0, vmax=1)
+        axes.set_title(name, color=INK, fontsize=13.5, loc="left")
         axes.set_axis_off()
-    bars(figure.add_subplot(grid[1, :2]), "seconds per image", {n: c[0] for n, c in costs.items()})
-    bars(figure.add_subplot(grid[1, 2:]), "peak memory, GiB", {n: c[1] for n, c in costs.items()})
-    figure.suptitle(title, color=INK, fontsize=16, fontweight="bold", x=0.008, ha="left")
+    left, right = charts.subplots(1, 2)
+    bars(left, "seconds per image", {name: seconds for name, (seconds, _) in costs.items()})
+    bars(right, "peak memory above the weights, GiB", {name: gib for name, (_, gib) in costs.items()})
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
 
 
-def principal_colours(features: Tensor):
+def principal_colours(features: Tensor) -> Callable[[Tensor], Tensor]:
     """A map from features ``[C, h, w]`` to RGB ``[h, w, 3]``, fitted to these."""
     flat = features.flatten(1).T  # [h * w, C]
     mean = flat.mean(0)
-    _, _, axes = torch.linalg.svd(flat - mean, full_matrices=False)
-    low, high = torch.quantile((flat - mean) @ axes[:3].T, torch.tensor([0.02, 0.98]), dim=0)
+    axes = torch.linalg.svd(flat - mean, full_matrices=False).Vh[:3].T  # [C, 3]
+    low, high = torch.quantile((flat - mean) @ axes, torch.tensor([0.02, 0.98]), dim=0)
 
     def to_rgb(other: Tensor) -> Tensor:
-        values = (other.permute(1, 2, 0) - mean) @ axes[:3].T
-        return ((values - low) / (high - low)).clamp(0, 1)
+        return (((other.permute(1, 2, 0) - mean) @ axes - low) / (high - low)).clamp(0, 1)
 
     return to_rgb
 
 
-def bars(axes, title: str, values: dict[str, float]) -> None:
+def round_number_below(value: float) -> float:
+    """The largest of ... 0.5, 1, 2, 5, 10 ... that is not above ``value``."""
+    decade = 10.0 ** math.floor(math.log10(value))
+    return max(digit * decade for digit in (1, 2, 5) if digit * decade <= value or digit == 1)
+
+
+def bars(axes: Any, title: str, values: dict[str, float]) -> None:
     """One horizontal bar per variant, the value beside it."""
-    for row, (name, value) in enumerate(values.items()):
-        colour = OUR_BAR if row == len(values) - 1 else STOCK_BAR
-        axes.barh(row, value, color=colour, height=0.68)
-        axes.text(value, row, f"  {value:.3g}", va="center", color=INK, fontsize=11)
-    axes.set_yticks(range(len(values)), list(values), color=INK, fontsize=11)
-    axes.set_title(title, color=INK, fontsize=13, loc="left")
+    known = [0.0 if math.isnan(value) else value for value in values.values()]
+    colours = [STOCK_BAR] * (len(known) - 1) + [OUR_BAR]
+    drawn = axes.barh(list(values), known, color=colours, height=0.7)
+    labels = [f"{value:.3g}" for value in values.values()]
+    axes.bar_label(drawn, labels, padding=6, color=INK, fontsize=11.5)
+    axes.set_title(title, color=INK, fontsize=13.5, loc="left")
+    axes.set_xlim(0, 1.12 * max(known) or 1.0)
     axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.tick_params(length=0)
+    axes.tick_params(length=0, labelsize=11.5, labelcolor=INK)
     axes.set_xticks([])
-    for side in axes.spines.values():
-        side.set_visible(False)
+    axes.spines[:].set_visible(False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
 import torch
@@ -41,6 +42,28 @@ def test_model_problems(problem: Problem, dtype: torch.dtype, real_device: str):
 @pytest.mark.parametrize("problem", TINY[::3], ids=str)
 def test_float32_logits_of_half_queries(problem: Problem, dtype: torch.dtype, device: str):
     compare(problem, dtype, device, torch.float32)
+
+
+def random_problem(seed: int) -> Problem:
+    choose = random.Random(seed)
+    axes = choose.choice([2, 2, 3])
+    most = 9 if axes == 2 else 4
+    sizes = [tuple(choose.randint(1, most) for _ in range(axes)) for _ in range(2)]
+    return Problem(
+        f"seed_{seed}",
+        sizes[0],
+        choose.choice([sizes[0], sizes[1]]),
+        choose.choice([choose.randint(1, 40), 8 * choose.randint(1, 17)]),
+        batch=choose.randint(1, 3),
+        heads=choose.randint(1, 3),
+        prefix=choose.choice([0, 0, 1, 3]),
+        table=choose.choice([None, None, choose.randint(1, 30)]),
+    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_problems(seed: int, device: str):
+    compare(random_problem(seed), [torch.float32, *HALVES][seed % 3], device, inplace=seed % 2 == 1)
 
 
 @pytest.mark.parametrize("problem", [TINY[0], TINY[5], TINY[14], TINY[20]], ids=str)

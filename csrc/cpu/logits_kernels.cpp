@@ -109,6 +109,8 @@ void gemm(const Gemm<C>& g) {
   gemm_columns<C, kGemmVectors>(g, 0);
 }
 
+constexpr int64_t kLongRow = 512;  // keys of an image row; there is no need to be fast beyond
+
 // ---- forward: one row of logits
 template <typename S, typename C>
 void add_bias(S* out, const S* logits, const C* bias, int64_t n) {
@@ -137,7 +139,7 @@ void add_ragged_row(S* out, const S* logits, const C* outer, const C* inner, int
 template <typename S, typename C>
 void add_row_of(S* out, const S* logits, const C* outer, const C* inner, int64_t outer_keys, int64_t inner_keys) {
   constexpr int L = kLanes<C>;
-  if (inner_keys % L && inner_keys < 512) return add_ragged_row(out, logits, outer, inner, outer_keys, inner_keys);
+  if (inner_keys % L && inner_keys <= kLongRow) return add_ragged_row(out, logits, outer, inner, outer_keys, inner_keys);
   for (int64_t o = 0; o < outer_keys; ++o, out += inner_keys, logits += inner_keys) {
     const C bias = outer[o];
     int64_t j = 0;
@@ -166,9 +168,30 @@ void sum_block(const S* grad, C* outer, C* inner, int64_t outer_keys, int64_t in
   for (int v = 0; v < VECS; ++v) store(inner + v * L, column[v]);
 }
 
+// Image rows too long for that: column sums stay in L1, a stretch of columns at a time. The sums of the stretches are
+// short sums, so that their sum loses little.
+template <typename S, typename C>
+void sum_long_row(const S* grad, C* outer, C* inner, int64_t outer_keys, int64_t inner_keys) {
+  constexpr int L = kLanes<C>;
+  for (int64_t j0 = 0; j0 < inner_keys; j0 += kLongRow) {
+    const int64_t width = inner_keys - j0 < kLongRow ? inner_keys - j0 : kLongRow;
+    for (int64_t o = 0; o < outer_keys; ++o) {
+      const S* g = grad + o * inner_keys + j0;
+      Vec<C> row[4] = {};
+      for (int64_t j = 0; j < width; j += L) {
+        const Vec<C> x = j + L <= width ? load(g + j) : load_first(g + j, width - j);
+        store(inner + j0 + j, o ? load(inner + j0 + j) + x : x);
+        row[j / L % 4] += x;
+      }
+      outer[o] = (j0 ? outer[o] : C{}) + sum_lanes<C>((row[0] + row[1]) + (row[2] + row[3]));
+    }
+  }
+}
+
 template <typename S, typename C>
 void sum_row_of(const S* grad, C* outer, C* inner, int64_t outer_keys, int64_t inner_keys) {
   constexpr int L = kLanes<C>;
+  if (inner_keys > kLongRow) return sum_long_row(grad, outer, inner, outer_keys, inner_keys);
   for (int64_t j = 0; j < inner_keys; j += 4 * L) {
     const int64_t left = inner_keys - j, vectors = (left + L - 1) / L;
     const int64_t last = vectors > 4 ? L : left - (vectors - 1) * L;

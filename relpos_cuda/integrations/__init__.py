@@ -1,4 +1,1 @@
-"""Models of other libraries on our kernels.
-
-One module per library, which it imports only when one of its functions is called.
-"""
+"""Models of other libraries on our kernels: one module per library, imported only when called."""

@@ -1,20 +1,19 @@
-"""SAM of transformers: its vision attention with the bias added to the logits in one pass.
+"""SAM of transformers: vision attention whose bias is added to the logits in a single pass.
 
-    patch(model)                 # every SamVisionAttention and SamVisionSdpaAttention in it
+    patch(model)                 # every SamVisionAttention and SamVisionSdpaAttention in the model
     unpatch(model)               # as if nothing had happened
     with patched(model): ...     # both
 
-Only ``forward`` of the module *instances* is replaced: classes, parameters, state_dict and hooks stay.
-
-    stock     logits, bias, logits + bias, softmax     four tensors of size S x S in turn, three alive at once
-    patched   logits, softmax                          the bias goes into the logits as it is computed
+Only ``forward`` of the module *instances* is replaced: classes, parameters, state_dict and hooks
+stay as they are.
 """
 
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,28 +23,42 @@ from ..functional import add_decomposed_rel_pos
 
 
 def patch(model: nn.Module) -> int:
-    """Runs the vision attention of a transformers SAM model on :func:`relpos_cuda.add_decomposed_rel_pos`.
+    """Runs a SAM's vision attention on :func:`relpos_cuda.add_decomposed_rel_pos`.
 
     Args:
-        model: Any module that contains SAM's vision attention: SamModel, SamVisionModel, a layer, a single
-            attention; ``attn_implementation`` "eager" or "sdpa". Any device and dtype; training and inference.
+        model: Any module with the vision attention of transformers' SAM: SamModel, SamVisionModel,
+            one layer, the attention itself; ``attn_implementation`` "eager" or "sdpa"; any device
+            and dtype.
 
     Returns:
-        The number of attention modules that are patched now; calling it again changes nothing.
+        How many attention modules are patched now. A second call changes nothing.
 
     Raises:
         ImportError: transformers is not installed, or has no SAM.
-        ValueError: ``model`` has no such module, or something else has replaced the ``forward`` of one.
+        ValueError: ``model`` has no such module, or something else replaced the ``forward`` of one.
     """
-    modules = _attentions(model)
-    for module in modules:
+    ours = _replacements()
+    found = [(name, m) for name, m in model.named_modules() if type(m).forward in ours]
+    if not found:
+        raise ValueError(
+            "model must contain SamVisionAttention or SamVisionSdpaAttention of transformers, "
+            f"got {type(model).__name__} without any"
+        )
+    for name, module in found:
+        current = getattr(module.forward, "__func__", None)
+        if current is not type(module).forward and not _is_patched(module):
+            raise ValueError(
+                f"forward of {name or type(module).__name__} must be that of its class, "
+                f"got {module.forward!r}: patch the model before other tools wrap it"
+            )
+    for _, module in found:
         if not _is_patched(module):
-            module.forward = types.MethodType(forward, module)
-    return len(modules)
+            module.forward = types.MethodType(ours[type(module).forward], module)
+    return len(found)
 
 
 def unpatch(model: nn.Module) -> int:
-    """Gives every module that :func:`patch` changed the ``forward`` of its class back; returns how many."""
+    """Gives every patched module the ``forward`` of its class back; returns how many there were."""
     modules = [module for module in model.modules() if _is_patched(module)]
     for module in modules:
         del module.forward
@@ -54,36 +67,69 @@ def unpatch(model: nn.Module) -> int:
 
 @contextmanager
 def patched(model: nn.Module) -> Iterator[int]:
-    """:func:`patch` for the length of a ``with`` block; modules that were patched before stay patched after it."""
-    before = {module for module in model.modules() if _is_patched(module)}
+    """:func:`patch` for the length of a ``with`` block; what was patched before stays patched."""
+    stay = {module for module in model.modules() if _is_patched(module)}
     number = patch(model)
     try:
         yield number
     finally:
         for module in model.modules():
-            if module not in before:
-                unpatch_one(module)
+            if module not in stay and _is_patched(module):
+                del module.forward
 
 
-def forward(
-    self: nn.Module, hidden_states: Tensor, output_attentions: bool | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """What the module's class computes, and returns, with one S x S tensor less to write and read twice.
+def _replacements() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Our forward for each of the library's; a subclass with a forward of its own is not ours."""
+    try:
+        from transformers.models.sam.modeling_sam import SamVisionAttention, SamVisionSdpaAttention
+    except ImportError as error:
+        raise ImportError("patching SAM needs transformers 5: pip install 'transformers>=5'") from error
+    return {
+        SamVisionAttention.forward: _eager_forward,
+        SamVisionSdpaAttention.forward: _sdpa_forward,
+    }
 
-    The bias takes the unscaled query. Logits are kept in the dtype of the model, and the softmax is float32,
-    as in the eager class; weights are returned only where the class returns them.
+
+def _is_patched(module: nn.Module) -> bool:
+    function = getattr(vars(module).get("forward"), "__func__", None)
+    return function is _eager_forward or function is _sdpa_forward
+
+
+# ---- the two forwards: signatures and results of the library's classes
+
+
+def _eager_forward(self: Any, hidden_states: Tensor, output_attentions: bool | None = None) -> tuple[Tensor, Tensor]:
+    weights, value = _weights_and_values(self, hidden_states)
+    dropped = F.dropout(weights, p=self.dropout, training=self.training)
+    return _project(self, dropped @ value, hidden_states), weights.flatten(0, 1)
+
+
+def _sdpa_forward(self: Any, hidden_states: Tensor, output_attentions: bool | None = False) -> tuple[Tensor, None]:
+    weights, value = _weights_and_values(self, hidden_states)  # this class has no dropout
+    return _project(self, weights @ value, hidden_states), None
+
+
+# Bound methods are pickled by name: a patched model, saved, loads with the library's forward.
+_eager_forward.__name__ = _sdpa_forward.__name__ = "forward"
+
+
+def _weights_and_values(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+    """``softmax(scale * q k^T + bias)`` as ``[B, heads, S, S]``, and v as ``[B, heads, S, D]``.
+
+    Rounded where the eager class rounds: logits in the dtype of q, softmax in float32, weights in
+    the dtype of q.
     """
     batch, height, width, _ = hidden_states.shape
     grid = (height, width)
     qkv = self.qkv(hidden_states).reshape(batch, height * width, 3, self.num_attention_heads, -1)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, S, D], views
-
-    weights = (query * self.scale) @ key.mT  # [B, heads, S, S]; matmul does not save it, so it may be overwritten
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views
+    scores = (query * self.scale) @ key.mT  # ours alone, and matmul does not save it for backward
     if self.use_rel_pos:
-        weights = add_decomposed_rel_pos(weights, query, self.rel_pos_h, self.rel_pos_w, grid, grid, inplace=True)
-    weights = F.softmax(weights, dim=-1, dtype=torch.float32)
-    weights = weights.to(query.dtype)  # on its own line: the logits are free by now
+        scores = add_decomposed_rel_pos(scores, query, self.rel_pos_h, self.rel_pos_w, grid, grid, inplace=True)
+    scores = F.softmax(scores, dim=-1, dtype=torch.float32)
+    return scores.to(query.dtype), value
 
-    if not _returns_weights(self):
-        weights, returned = weights, None
-    ...
+
+def _project(self: Any, out: Tensor, hidden_states: Tensor) -> Tensor:
+    """``[B, heads, S, D]`` -> ``[B, height, width, C]``, through the output projection."""
+    return self.proj(out.transpose(1, 2).reshape(hidden_states.shape[:-1] + (-1,)))
