@@ -35,7 +35,7 @@ struct LogitsParams {
   const void* table = nullptr;     // [table rows, D], dtype of q
   const int32_t* index = nullptr;  // csrc/shapes.h
   int block_rows = 0, factor_ld = 0, q_ld = 0;
-  bool whole_vectors = false;      // logits may be read and written 16 bytes at a time
+  bool whole_vectors = false;  // logits may be read and written 16 bytes at a time
 };
 
 struct LogitsFwdParams : LogitsParams {
@@ -49,7 +49,7 @@ struct LogitsBwdParams : LogitsParams {
   void* dq = nullptr;          // [rows, D] or null
   float* dfactors = nullptr;   // [rows, factors] or null
   bool lanes_own_columns = false;
-  FastDiv by_quads;            // of elements in a row of dq
+  FastDiv by_quads;  // of elements in a row of dq
 };
 
 struct TableGradParams {

@@ -11,16 +11,19 @@ Limits limits_of(int arch) {
   constexpr int64_t kKiB = 1024;
   switch (arch) {
     case 80:
-    case 87: return {163 * kKiB, 164 * kKiB};
+    case 87:
+      return {163 * kKiB, 164 * kKiB};
     case 90:
     case 100:
-    case 103: return {227 * kKiB, 228 * kKiB};
-    default: return {99 * kKiB, 100 * kKiB};  // 86, 89, 120, 121
+    case 103:
+      return {227 * kKiB, 228 * kKiB};
+    default:
+      return {99 * kKiB, 100 * kKiB};  // 86, 89, 120, 121
   }
 }
 
 constexpr int64_t kReservedPerBlock = 1024;
-constexpr int kBlocksPerSm = 2;  // hide one block's prologue behind the other's stream
+constexpr int kBlocksPerSm = 2;                            // hide one block's prologue behind the other's stream
 constexpr int64_t kMaxOffset = (int64_t{1} << 31) - 4096;  // of an element within a block's slab
 
 }  // namespace

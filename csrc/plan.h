@@ -10,22 +10,22 @@
 
 namespace relpos {
 
-constexpr int kThreads = 256;     // of every logits kernel
+constexpr int kThreads = 256;  // of every logits kernel
 constexpr int kWarps = kThreads / 32;
-constexpr int kSumBuffer = 512;   // elements a warp of the backward sums at once
-constexpr int kSumPadding = 16;   // around them: a vector that begins before, one that ends behind
-constexpr int kProductDepth = 32; // summands that a tensor-core product of the backward stages at once
-constexpr int kProductPad = 8;    // elements that keep ldmatrix free of bank conflicts
-constexpr int kMaxProductD = 128; // head dimensions it takes
+constexpr int kSumBuffer = 512;    // elements a warp of the backward sums at once
+constexpr int kSumPadding = 16;    // around them: a vector that begins before, one that ends behind
+constexpr int kProductDepth = 32;  // summands that a tensor-core product of the backward stages at once
+constexpr int kProductPad = 8;     // elements that keep ldmatrix free of bank conflicts
+constexpr int kMaxProductD = 128;  // head dimensions it takes
 
 enum class Direction { kForward, kBackward };
 
 struct LogitsPlan {
-  std::string refusal;     // why no kernel takes the problem; empty if one does
+  std::string refusal;  // why no kernel takes the problem; empty if one does
   bool tensor_cores = false;
-  int block_rows = 0;      // rows of the logits that a block streams
-  int factor_ld = 0;       // floats between the factors of two rows in shared memory
-  int q_ld = 0;            // elements between two rows of q (backward: of the table) in shared memory
+  int block_rows = 0;  // rows of the logits that a block streams
+  int factor_ld = 0;   // floats between the factors of two rows in shared memory
+  int q_ld = 0;        // elements between two rows of q (backward: of the table) in shared memory
   int64_t grid = 0;
   int64_t shared_bytes = 0;
 

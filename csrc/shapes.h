@@ -32,11 +32,11 @@ RELPOS_HD constexpr I round_up(I a, I b) {
 }
 
 struct Axis {
-  int queries = 1, keys = 1;  // grid sizes
-  int rows = 0;               // table rows of this axis: 2 * max(queries, keys) - 1, or 0
-  int first_row = 0;          // where they start in the table
+  int queries = 1, keys = 1;       // grid sizes
+  int rows = 0;                    // table rows of this axis: 2 * max(queries, keys) - 1, or 0
+  int first_row = 0;               // where they start in the table
   int64_t index = 0, inverse = 0;  // where its two lookups start in `index`
-  int factor = 0;             // where its keys start in a row of factors [t | h | w]
+  int factor = 0;                  // where its keys start in a row of factors [t | h | w]
 
   RELPOS_HD int factors() const { return rows ? keys : 0; }
 };
@@ -57,9 +57,7 @@ struct Shape {
   RELPOS_HD int64_t N() const { return prefix + grid_keys(); }
   RELPOS_HD int64_t rows() const { return groups * M(); }  // rows of the logits
   RELPOS_HD int table_rows() const { return axis[kT].rows + axis[kH].rows + axis[kW].rows; }
-  RELPOS_HD int factors() const {
-    return axis[kT].factors() + axis[kH].factors() + axis[kW].factors();
-  }
+  RELPOS_HD int factors() const { return axis[kT].factors() + axis[kH].factors() + axis[kW].factors(); }
 };
 
 // Fills in everything that follows from the grid sizes; `axes` is 2 (h, w) or 3 (t, h, w).

@@ -6,12 +6,10 @@ Slower, but right and memory-bounded: beside the logits themselves nothing of si
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-
-from . import tables
 
 
 def logits_fwd(
@@ -20,8 +18,8 @@ def logits_fwd(
     q: Tensor,  # [B, heads, M, D] or [G, M, D]
     table: Tensor,  # [rows, D]
     index: Tensor,
-    q_size: list[int],
-    k_size: list[int],
+    q_size: Sequence[int],
+    k_size: Sequence[int],
     num_prefix_tokens: int,
 ) -> None:
     if attn is not None:
@@ -45,8 +43,8 @@ def logits_bwd(
     index: Tensor,
     factors: Tensor | None,  # work spaces of the CUDA kernels
     partials: Tensor | None,
-    q_size: list[int],
-    k_size: list[int],
+    q_size: Sequence[int],
+    k_size: Sequence[int],
     num_prefix_tokens: int,
 ) -> None:
     on_grids = _on_grids(grad, q, q_size, k_size, num_prefix_tokens)
@@ -79,18 +77,18 @@ def _without(shape: torch.Size, axis: int) -> list[int]:
     return [n for a, n in enumerate(shape) if a != axis]
 
 
-def _on_grids(t: Tensor, q: Tensor, q_size: list[int], k_size: list[int], prefix: int) -> Tensor:
+def _on_grids(t: Tensor, q: Tensor, q_size: Sequence[int], k_size: Sequence[int], prefix: int) -> Tensor:
     """View of the logits' grid part, ``[G, *q_size, *k_size]``."""
     groups, queries = q.shape[:-2].numel(), q.shape[-2]
     part = t.view(groups, queries, prefix + math.prod(k_size))[:, prefix:, prefix:]
     return part.unflatten(2, k_size).unflatten(1, q_size)
 
 
-def _query_grid(q: Tensor, q_size: list[int], prefix: int) -> Tensor:
+def _query_grid(q: Tensor, q_size: Sequence[int], prefix: int) -> Tensor:
     return q[..., prefix:, :].reshape(-1, *q_size, q.shape[-1])
 
 
-def _axes(index: Tensor, q_size: list[int], k_size: list[int]) -> Iterator[tuple[int, Tensor]]:
+def _axes(index: Tensor, q_size: Sequence[int], k_size: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
     """Every axis with the table row of each pair of its coordinates, ``[q, k]``."""
     start = 0
     for axis, (q, k) in enumerate(zip(q_size, k_size, strict=True)):

@@ -1,4 +1,4 @@
-"""Devices that tests run on: the CPU, an emulated GPU (the CUDA kernels run by tests/simt), and a GPU if there is one."""
+"""Devices that tests run on: the CPU, an emulated GPU (the CUDA kernels, run by tests/simt), a GPU if there is one."""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt import toolchain
 
 from relpos_cuda import _ops, autograd
+from simt import toolchain
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [ROOT / "csrc/cuda/logits.cu", ROOT / "csrc/plan.cpp"]

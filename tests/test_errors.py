@@ -62,7 +62,11 @@ SIZES = [
     ({"k_size": (5, 5)}, ValueError, r"attn must be \[\.\.\., 20, 25\]"),
     ({"q_size": (20,)}, ValueError, r"q_size must be \(h, w\), got \(20,\)"),
     ({"k_size": (1, 4, 5)}, ValueError, r"k_size must be \(h, w\), got \(1, 4, 5\)"),
-    ({"rel_pos_t": torch.zeros(1, 8)}, ValueError, r"q_size must be \(t, h, w\), because rel_pos_t is given, got \(4, 5\)"),
+    (
+        {"rel_pos_t": torch.zeros(1, 8)},
+        ValueError,
+        r"q_size must be \(t, h, w\), because rel_pos_t is given, got \(4, 5\)",
+    ),
     ({"q_size": 20}, ValueError, r"q_size must be \(h, w\), got 20"),
     ({"q_size": torch.tensor([4, 5])}, ValueError, r"q_size must be \(h, w\), got tensor"),
     ({"q_size": (0, 5)}, ValueError, r"q_size\[0\] must be at least 1, got 0"),

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from simt import toolchain
 from torch import Tensor
+
+from simt import toolchain
 
 SELFTEST = toolchain.HERE / "selftest.cpp"
 SCHEDULES = [("fifo", 0), ("lifo", 0), *(("random", seed) for seed in range(4))]

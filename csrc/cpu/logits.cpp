@@ -10,8 +10,6 @@
 // column share R of the w axis. R itself is a window of the table where query and key grids agree, so it
 // is not copied out. Table gradients are summed in a fixed number of slices, in a fixed order: the result
 // does not depend on the number of threads.
-#include "logits_kernels.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -21,6 +19,7 @@
 #include <string>
 
 #include "../checks.h"
+#include "logits_kernels.h"
 #include "tiles.h"
 
 namespace relpos {
@@ -29,8 +28,10 @@ namespace {
 // ---- which instruction set
 template <typename C>
 const LogitsKernels<C>& pick(const LogitsKernels<float>& f, const LogitsKernels<double>& d) {
-  if constexpr (sizeof(C) == 8) return d;
-  else return f;
+  if constexpr (sizeof(C) == 8)
+    return d;
+  else
+    return f;
 }
 
 const char* instruction_set() {
@@ -60,11 +61,16 @@ const LogitsKernels<C>& kernels() {
 
 Dtype dtype_of(const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: RELPOS_CHECK(false, name, " must be floating point");
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      RELPOS_CHECK(false, name, " must be floating point");
   }
 }
 
@@ -98,7 +104,10 @@ template <typename C>
 struct Scratch {
   Buffer<C> q, t, h, w, outer;
   Scratch(const Problem<C>& p, int64_t queries)
-      : q(queries * p.d_padded), t(queries * p.t_ld), h(queries * p.h_ld), w(queries * p.w_ld),
+      : q(queries * p.d_padded),
+        t(queries * p.t_ld),
+        h(queries * p.h_ld),
+        w(queries * p.w_ld),
         outer(padded<C>(p.shape.outer_keys())) {}
   C* factors(int a) const { return (a == kT ? t : a == kH ? h : w).get(); }
 };
@@ -300,8 +309,10 @@ void check_logits(const char* name, const Tensor& t, const Shape& s, const Tenso
 template <typename F>
 void with_problem(const Shape& s, const QueryStrides& strides, const Tensor& q, const Tensor& logits, F&& f) {
   const Dtype q_dtype = dtype_of("q", q), logits_dtype = dtype_of("attn", logits);
-  if (q_dtype == Dtype::kFloat64) f(Problem<double>{s, strides, q.const_data_ptr(), q_dtype, logits_dtype});
-  else f(Problem<float>{s, strides, q.const_data_ptr(), q_dtype, logits_dtype});
+  if (q_dtype == Dtype::kFloat64)
+    f(Problem<double>{s, strides, q.const_data_ptr(), q_dtype, logits_dtype});
+  else
+    f(Problem<float>{s, strides, q.const_data_ptr(), q_dtype, logits_dtype});
 }
 
 void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, const Tensor& table,
@@ -343,4 +354,6 @@ STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) {
 }  // namespace
 }  // namespace relpos
 
-extern "C" __attribute__((visibility("default"))) const char* relpos_cuda_cpu_isa() { return relpos::instruction_set(); }
+extern "C" __attribute__((visibility("default"))) const char* relpos_cuda_cpu_isa() {
+  return relpos::instruction_set();
+}

@@ -14,9 +14,12 @@ inline void with_dtype(Dtype dtype, F&& f) {
     f(double{});
   } else {
     switch (dtype) {
-      case Dtype::kBFloat16: return f(BFloat16{});
-      case Dtype::kFloat16: return f(Float16{});
-      default: return f(float{});
+      case Dtype::kBFloat16:
+        return f(BFloat16{});
+      case Dtype::kFloat16:
+        return f(Float16{});
+      default:
+        return f(float{});
     }
   }
 }
@@ -139,7 +142,8 @@ void add_ragged_row(S* out, const S* logits, const C* outer, const C* inner, int
 template <typename S, typename C>
 void add_row_of(S* out, const S* logits, const C* outer, const C* inner, int64_t outer_keys, int64_t inner_keys) {
   constexpr int L = kLanes<C>;
-  if (inner_keys % L && inner_keys <= kLongRow) return add_ragged_row(out, logits, outer, inner, outer_keys, inner_keys);
+  if (inner_keys % L && inner_keys <= kLongRow)
+    return add_ragged_row(out, logits, outer, inner, outer_keys, inner_keys);
   for (int64_t o = 0; o < outer_keys; ++o, out += inner_keys, logits += inner_keys) {
     const C bias = outer[o];
     int64_t j = 0;
@@ -220,9 +224,8 @@ void add_row(void* out, const void* logits, Dtype dtype, const C* outer, const C
 
 template <typename C>
 void sum_row(const void* grad, Dtype dtype, C* outer, C* inner, int64_t outer_keys, int64_t inner_keys) {
-  with_dtype<C>(dtype, [&](auto s) {
-    sum_row_of(static_cast<const decltype(s)*>(grad), outer, inner, outer_keys, inner_keys);
-  });
+  with_dtype<C>(
+      dtype, [&](auto s) { sum_row_of(static_cast<const decltype(s)*>(grad), outer, inner, outer_keys, inner_keys); });
 }
 
 }  // namespace

@@ -45,10 +45,10 @@ struct LogitsKernels {
 };
 
 // One pair per instruction set compiled in.
-#define RELPOS_DECLARE_KERNELS(isa)                  \
-  namespace isa {                                    \
-  extern const LogitsKernels<float> kLogitsFloat;    \
-  extern const LogitsKernels<double> kLogitsDouble;  \
+#define RELPOS_DECLARE_KERNELS(isa)                 \
+  namespace isa {                                   \
+  extern const LogitsKernels<float> kLogitsFloat;   \
+  extern const LogitsKernels<double> kLogitsDouble; \
   }
 RELPOS_DECLARE_KERNELS(baseline)
 #ifdef RELPOS_HAVE_X86_ISAS

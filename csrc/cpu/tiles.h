@@ -42,12 +42,8 @@ struct AxisRows {
 
   int64_t last_row() const { return axis->first_row + axis->rows - 1; }
   int64_t start(int64_t c) const { return last_row() - index[c * axis->keys]; }
-  const C* by_row(int64_t c) const {
-    return rows.get() + (windowed ? start(c) : c * axis->keys) * d_padded;
-  }
-  const C* by_column(int64_t c, int64_t D) const {
-    return columns.get() + (windowed ? start(c) : c * D * column_ld);
-  }
+  const C* by_row(int64_t c) const { return rows.get() + (windowed ? start(c) : c * axis->keys) * d_padded; }
+  const C* by_column(int64_t c, int64_t D) const { return columns.get() + (windowed ? start(c) : c * D * column_ld); }
 };
 
 template <typename C>
@@ -68,12 +64,15 @@ AxisRows<C> arrange(const Shape& s, const Axis& axis, const int32_t* index, cons
   r.d_padded = padded<C>(s.D);
   const int64_t blocks = r.windowed ? 1 : axis.queries, length = r.windowed ? axis.rows : axis.keys;
   r.column_ld = padded<C>(length + (r.windowed ? kPadBytes / sizeof(C) : 0));  // a window may end past the last row
-  if (forward) r.columns = Buffer<C>(blocks * s.D * r.column_ld);
-  else r.rows = Buffer<C>(blocks * length * r.d_padded);
+  if (forward)
+    r.columns = Buffer<C>(blocks * s.D * r.column_ld);
+  else
+    r.rows = Buffer<C>(blocks * length * r.d_padded);
   for (int64_t c = 0; c < blocks; ++c)
     for (int64_t i = 0; i < length; ++i) {
       const C* row = table + (r.windowed ? r.last_row() - i : r.index[c * axis.keys + i]) * r.d_padded;
-      if (!forward) std::memcpy(r.rows.get() + (c * length + i) * r.d_padded, row, r.d_padded * sizeof(C));
+      if (!forward)
+        std::memcpy(r.rows.get() + (c * length + i) * r.d_padded, row, r.d_padded * sizeof(C));
       else
         for (int64_t d = 0; d < s.D; ++d) r.columns.get()[(c * s.D + d) * r.column_ld + i] = row[d];
     }

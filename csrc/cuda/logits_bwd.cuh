@@ -22,10 +22,10 @@ namespace relpos {
 
 struct SumRow {
   const Shape& shape;
-  float* outer;    // [outer keys]
-  float* inner;    // [keys of w]
-  float* buffer;   // of this warp: kSumBuffer + kSumPadding floats
-  int64_t end;     // of the gradient that may be read by whole vectors
+  float* outer;   // [outer keys]
+  float* inner;   // [keys of w]
+  float* buffer;  // of this warp: kSumBuffer + kSumPadding floats
+  int64_t end;    // of the gradient that may be read by whole vectors
 };
 
 // Where image rows of keys are whole vectors and a warp loads whole image rows at once, a lane meets the same columns
@@ -142,8 +142,10 @@ __device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, f
   const SumRow to{s, outer, factors + s.axis[kW].factor, buffer, p.whole_vectors ? s.rows() * s.N() : 0};
   const S* grad = static_cast<const S*>(p.grad);
   const int64_t begin = row * s.N() + s.prefix;
-  if (p.lanes_own_columns) sum_row_in_registers(to, grad + begin);
-  else sum_row_in_buffer(to, grad, begin);
+  if (p.lanes_own_columns)
+    sum_row_in_registers(to, grad + begin);
+  else
+    sum_row_in_buffer(to, grad, begin);
   if (!with_t) return;
   __syncwarp();
   for (int h = lane; h < keys_h; h += 32) {
@@ -280,7 +282,8 @@ __global__ void __launch_bounds__(kThreads, 2) logits_bwd_kernel(const LogitsBwd
   if constexpr (MMA)
     query_gradient_mma<T>(p, rows, ranges, factors, first_row, count,
                           {shared + at.high, shared + at.low, shared + at.table});
-  else query_gradient_simt<T>(p, rows, factors, first_row, count);
+  else
+    query_gradient_simt<T>(p, rows, factors, first_row, count);
 }
 
 }  // namespace relpos

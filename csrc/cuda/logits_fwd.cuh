@@ -100,8 +100,10 @@ __global__ void __launch_bounds__(kThreads, 2) logits_fwd_kernel(const LogitsFwd
   __syncthreads();
 
   find_ranges(p.shape, p.index, rows, count, ranges);
-  if constexpr (MMA) stage_queries<T>(tile, p, reinterpret_cast<T*>(shared + at.q));
-  else stage_queries<T>(tile, p, reinterpret_cast<float*>(shared + at.q));
+  if constexpr (MMA)
+    stage_queries<T>(tile, p, reinterpret_cast<T*>(shared + at.q));
+  else
+    stage_queries<T>(tile, p, reinterpret_cast<float*>(shared + at.q));
   if (p.shape.prefix)  // class tokens have no bias
     for (int i = threadIdx.x; i < count * p.factor_ld; i += kThreads) factors[i] = 0.f;
   __syncthreads();
@@ -109,8 +111,10 @@ __global__ void __launch_bounds__(kThreads, 2) logits_fwd_kernel(const LogitsFwd
   for (int a = 0; a < kAxes; ++a) {
     if (p.shape.axis[a].rows == 0) continue;
     const int low = ranges[2 * a], high = ranges[2 * a + 1];
-    if constexpr (MMA) axis_factors_mma<T>(tile, p, a, low, high, reinterpret_cast<const T*>(shared + at.q));
-    else axis_factors_simt<T>(tile, p, a, low, high, reinterpret_cast<const float*>(shared + at.q));
+    if constexpr (MMA)
+      axis_factors_mma<T>(tile, p, a, low, high, reinterpret_cast<const T*>(shared + at.q));
+    else
+      axis_factors_simt<T>(tile, p, a, low, high, reinterpret_cast<const float*>(shared + at.q));
   }
   __syncthreads();
 

@@ -16,10 +16,10 @@
 
 namespace relpos {
 
-#define RELPOS_CUDA_CHECK(call)                                                                            \
-  do {                                                                                                     \
-    const cudaError_t error = (call);                                                                      \
-    RELPOS_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error), " in ", #call);          \
+#define RELPOS_CUDA_CHECK(call)                                                                   \
+  do {                                                                                            \
+    const cudaError_t error = (call);                                                             \
+    RELPOS_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error), " in ", #call); \
   } while (0)
 
 // The device of the tensors, made current, with its stream. libtorch_cuda is looked up and not linked, so that the
@@ -47,8 +47,8 @@ class OnDevice {
   void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, const Params& params) const {
     constexpr int64_t kWithoutAsking = 48 * 1024;
     if (shared_bytes > kWithoutAsking)
-      RELPOS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                             static_cast<int>(shared_bytes)));
+      RELPOS_CUDA_CHECK(
+          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     void* arguments[] = {const_cast<Params*>(&params)};
     RELPOS_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments,
                                        static_cast<size_t>(shared_bytes), stream_));

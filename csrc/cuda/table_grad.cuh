@@ -51,7 +51,7 @@ __device__ __forceinline__ void find_query(const TableGradParams& p, const GradB
 // Stages queries u0 .. u0 + 31: put_factor(query, key, x), put_q(query, d, x), zero past the end of anything.
 template <typename T, typename F, typename G>
 __device__ __forceinline__ void stage_share(const TableGradParams& p, const GradBlock& block, int64_t u0, int i0,
-                                              int d0, F&& put_factor, G&& put_q) {
+                                            int d0, F&& put_factor, G&& put_q) {
   const Axis& axis = p.shape.axis[block.a];
   const int query = threadIdx.x / kStagers, first = threadIdx.x % kStagers;
   const bool exists = u0 + query < block.end;
@@ -135,8 +135,10 @@ __global__ void __launch_bounds__(kThreads, 2) table_partial_kernel(const TableG
   float* out = p.partials + (blockIdx.y * p.pairs + axis.index + static_cast<int64_t>(block.c) * axis.keys) * p.shape.D;
   for (int i0 = 0; i0 < axis.keys; i0 += kProductRows)
     for (int d0 = 0; d0 < p.shape.D; d0 += kProductColumns) {
-      if constexpr (MMA) grad_tile_mma<T>(p, block, i0, d0, shared, out);
-      else grad_tile_simt<T>(p, block, i0, d0, shared, out);
+      if constexpr (MMA)
+        grad_tile_mma<T>(p, block, i0, d0, shared, out);
+      else
+        grad_tile_simt<T>(p, block, i0, d0, shared, out);
     }
 }
 

@@ -27,8 +27,7 @@ class Fiber {
 #else
     bytes_ = 16 * kPage;
 #endif
-    stack_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE,
-                  MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    stack_ = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack_ == MAP_FAILED) throw std::bad_alloc();
     mprotect(stack_, kPage, PROT_NONE);  // an overflow faults
     getcontext(&start_);

@@ -38,8 +38,7 @@ class GuardedMemory {
     forbid_guards(false);
     const auto* want = reinterpret_cast<const unsigned char*>(pattern_.data());
     for (unsigned char* guard : guards_)
-      if (std::memcmp(guard, want, kGuard) != 0)
-        return std::mismatch(guard, guard + kGuard, want).first - begin_;
+      if (std::memcmp(guard, want, kGuard) != 0) return std::mismatch(guard, guard + kGuard, want).first - begin_;
     return std::nullopt;
   }
 
@@ -50,8 +49,10 @@ class GuardedMemory {
   void forbid_guards([[maybe_unused]] bool forbid) {  // AddressSanitizer then names the culprit
 #ifdef __SANITIZE_ADDRESS__
     for (unsigned char* guard : guards_)
-      if (forbid) __asan_poison_memory_region(guard, kGuard);
-      else __asan_unpoison_memory_region(guard, kGuard);
+      if (forbid)
+        __asan_poison_memory_region(guard, kGuard);
+      else
+        __asan_unpoison_memory_region(guard, kGuard);
 #endif
   }
 

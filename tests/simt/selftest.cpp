@@ -26,8 +26,7 @@ __global__ void __launch_bounds__(128) sum_kernel(const __grid_constant__ Params
   const int warps = static_cast<int>(blockDim.x) / warpSize, lane = thread() % warpSize;
 
   float sum = 0;
-  for (int i = thread(); i < p.n; i += static_cast<int>(blockDim.x))
-    sum += static_cast<const float*>(p.in)[i];
+  for (int i = thread(); i < p.n; i += static_cast<int>(blockDim.x)) sum += static_cast<const float*>(p.in)[i];
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
   if (lane == 0) partial[thread() / warpSize + (p.fault == "write past the end")] = sum;
   if (p.fault != "no barrier") __syncthreads();
@@ -215,8 +214,7 @@ const std::map<std::string_view, Config> kKernels{
 }  // namespace
 
 // The shim's complaint, or null.
-extern "C" const char* run(const char* kernel, const void* in, void* out, int n,
-                           const char* fault) {
+extern "C" const char* run(const char* kernel, const void* in, void* out, int n, const char* fault) {
   static std::string complaint;
   try {
     const Config& c = kKernels.at(kernel);

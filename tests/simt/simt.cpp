@@ -121,11 +121,10 @@ void switch_to(Thread& to) {
   for (const Thread& t : pool)
     if (!t.done) waiting[t.waits_in->name + (" at " + where(t.waits_at))].push_back(t.index);
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
-  std::string message = text("deadlock in block (%u, %u, %u), %u of %u threads have exited",
-                             blockIdx.x, blockIdx.y, blockIdx.z, threads - live, threads);
+  std::string message = text("deadlock in block (%u, %u, %u), %u of %u threads have exited", blockIdx.x, blockIdx.y,
+                             blockIdx.z, threads - live, threads);
   for (const auto& [what, who] : waiting)
-    message += text("; %zu wait in %s (threads %u to %u)", who.size(), what.c_str(), who.front(),
-                    who.back());
+    message += text("; %zu wait in %s (threads %u to %u)", who.size(), what.c_str(), who.front(), who.back());
   stop(message);
 }
 
@@ -141,17 +140,15 @@ Thread& next_thread() {
 }
 
 bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() && (a.file_name() == b.file_name() ||
-                                  std::strcmp(a.file_name(), b.file_name()) == 0);
+  return a.line() == b.line() && (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
 }
 
 void join(Gate& gate, const Op& op, const Site& site) {
   if (gate.waiting.empty()) {
     gate.op = &op, gate.site = site;
   } else if (gate.op != &op || !same(gate.site, site)) {
-    stop(text("divergence: thread %u is in %s at %s, thread %u waits in %s at %s", self->index,
-              op.name, where(site).c_str(), gate.waiting[0]->index, gate.op->name,
-              where(gate.site).c_str()));
+    stop(text("divergence: thread %u is in %s at %s, thread %u waits in %s at %s", self->index, op.name,
+              where(site).c_str(), gate.waiting[0]->index, gate.op->name, where(gate.site).c_str()));
   }
   gate.waiting.push_back(self);
   self->waits_in = &op, self->waits_at = site;
@@ -167,8 +164,8 @@ void open_if_complete(Group& group, const Warp& warp) {
   const unsigned present = group.present[group.turn];
   if (group.gate.waiting.empty() || present != (group.mask & warp.live)) return;
   if (group.gate.op->whole_warp && present != ~0u)
-    stop(text("%s: %s by lanes %08x; it needs the whole warp", where(group.gate.site).c_str(),
-              group.gate.op->name, present));
+    stop(text("%s: %s by lanes %08x; it needs the whole warp", where(group.gate.site).c_str(), group.gate.op->name,
+              present));
   open(group.gate);
   group.turn ^= 1;
   group.present[group.turn] = 0;
@@ -181,8 +178,7 @@ void open_block_gate_if_complete() {
 // ---- the life of a thread and of a block
 
 void exit_thread() {
-  if (!self->copies.empty())
-    stop(text("thread %u exits before its asynchronous copies have arrived", self->index));
+  if (!self->copies.empty()) stop(text("thread %u exits before its asynchronous copies have arrived", self->index));
   Warp& warp = warps[self->index / warpSize];
   self->done = true;
   warp.live &= ~(1u << self->index % warpSize);
@@ -236,9 +232,7 @@ void read_environment() {
   rng.seed(static_cast<unsigned>(std::atoi(value("SIMT_SEED", "0").c_str())));
 }
 
-void copy_16(const Copy& c) {
-  c.src ? std::memcpy(c.dst, c.src, 16) : std::memset(c.dst, 0, 16);
-}
+void copy_16(const Copy& c) { c.src ? std::memcpy(c.dst, c.src, 16) : std::memset(c.dst, 0, 16); }
 
 }  // namespace
 
@@ -259,10 +253,10 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   static std::mutex one_launch_at_a_time;
   const std::lock_guard lock(one_launch_at_a_time);
   const size_t threads = size_t{block.x} * block.y * block.z;
-  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 ||
-      grid.z > 65535 || threads < 1 || threads > 1024 || block.z > 64 || shared_bytes > 227 * 1024)
-    stop(text("launch refused: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes shared", grid.x,
-              grid.y, grid.z, block.x, block.y, block.z, shared_bytes));
+  if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535 ||
+      threads < 1 || threads > 1024 || block.z > 64 || shared_bytes > 227 * 1024)
+    stop(text("launch refused: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes shared", grid.x, grid.y, grid.z,
+              block.x, block.y, block.z, shared_bytes));
   read_environment();
   counts = {};
   thread_body = &thread, blockDim = block, gridDim = grid;
@@ -274,8 +268,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
         memory.poison();
         run_block(static_cast<unsigned>(threads));
         if (const auto byte = memory.overrun())
-          stop(text("block (%u, %u, %u) wrote byte %td of its %zu bytes of shared memory",
-                    blockIdx.x, blockIdx.y, blockIdx.z, *byte, shared_bytes));
+          stop(text("block (%u, %u, %u) wrote byte %td of its %zu bytes of shared memory", blockIdx.x, blockIdx.y,
+                    blockIdx.z, *byte, shared_bytes));
       }
 }
 
@@ -289,8 +283,8 @@ Gathered warp_op(const Op& op, unsigned mask, const void* mine, size_t bytes, co
   const unsigned lane = self->index % warpSize;
   if (!(mask >> lane & 1)) fail(site, "%s by lane %u, which mask %08x lacks", op.name, lane, mask);
   Warp& warp = warps[self->index / warpSize];
-  const auto found = std::find_if(warp.groups.begin(), warp.groups.end(),
-                                  [&](const Group& g) { return g.mask == mask; });
+  const auto found =
+      std::find_if(warp.groups.begin(), warp.groups.end(), [&](const Group& g) { return g.mask == mask; });
   Group& group = found != warp.groups.end() ? *found : warp.groups.emplace_back(Group{mask});
   const int turn = group.turn;
   join(group.gate, op, site);
@@ -320,11 +314,10 @@ void count_conflicts(const Gathered& rows, int matrices) {  // 8 rows, 8 columns
 
 void copy_async(void* dst, const void* src, bool pred, const Site& site) {
   check_shared_row(dst, "cp.async", site);
-  if (pred && reinterpret_cast<uintptr_t>(src) % 16 != 0)
-    fail(site, "cp.async: the source is not 16-byte aligned");
+  if (pred && reinterpret_cast<uintptr_t>(src) % 16 != 0) fail(site, "cp.async: the source is not 16-byte aligned");
   ++counts.cp_async;
-  const Copy copy{static_cast<unsigned char*>(dst),
-                  pred ? static_cast<const unsigned char*>(src) : nullptr, self->groups};
+  const Copy copy{static_cast<unsigned char*>(dst), pred ? static_cast<const unsigned char*>(src) : nullptr,
+                  self->groups};
   copies_early ? copy_16(copy) : self->copies.push_back(copy);
 }
 
@@ -341,15 +334,14 @@ void copy_wait(int groups_left) {
 // For tests that load the emulated kernels as a library: a counter of the latest launch by name.
 extern "C" __attribute__((visibility("default"))) long simt_count(const char* name) {
   using simt::Stats;
-  static const std::map<std::string, long Stats::*> counters{
-      {"mma", &Stats::mma},
-      {"ldmatrix", &Stats::ldmatrix},
-      {"ldmatrix_conflicts", &Stats::ldmatrix_conflicts},
-      {"shuffles", &Stats::shuffles},
-      {"votes", &Stats::votes},
-      {"warp_barriers", &Stats::warp_barriers},
-      {"block_barriers", &Stats::block_barriers},
-      {"cp_async", &Stats::cp_async}};
+  static const std::map<std::string, long Stats::*> counters{{"mma", &Stats::mma},
+                                                             {"ldmatrix", &Stats::ldmatrix},
+                                                             {"ldmatrix_conflicts", &Stats::ldmatrix_conflicts},
+                                                             {"shuffles", &Stats::shuffles},
+                                                             {"votes", &Stats::votes},
+                                                             {"warp_barriers", &Stats::warp_barriers},
+                                                             {"block_barriers", &Stats::block_barriers},
+                                                             {"cp_async", &Stats::cp_async}};
   const auto found = counters.find(name);
   return found == counters.end() ? -1 : simt::stats().*found->second;
 }

@@ -106,12 +106,10 @@ void copy_wait(int groups_left);
 void check_shared_row(const void* row, const char* what, const Site& site);
 void count_conflicts(const Gathered& rows, int matrices);
 unsigned char* shared_memory();
-[[noreturn]] void fail(const Site& site, const char* format, ...)
-    __attribute__((format(printf, 2, 3)));
+[[noreturn]] void fail(const Site& site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 template <typename... P>
-void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
-            std::type_identity_t<P>... params) {
+void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, std::type_identity_t<P>... params) {
   run(grid, block, shared_bytes, [&] { kernel(params...); });
 }
 
@@ -173,19 +171,16 @@ inline void __syncwarp(unsigned mask = ~0u, simt::Site site = simt::Site::curren
 }
 
 template <typename T>
-T __shfl_sync(unsigned mask, T v, int source, int width = 32,
-              simt::Site site = simt::Site::current()) {
+T __shfl_sync(unsigned mask, T v, int source, int width = 32, simt::Site site = simt::Site::current()) {
   const int first = simt::lane() & ~(width - 1);
   return simt::shuffle(mask, v, first + (source & (width - 1)), width, site);
 }
 template <typename T>
-T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32,
-                  simt::Site site = simt::Site::current()) {
+T __shfl_xor_sync(unsigned mask, T v, int bits, int width = 32, simt::Site site = simt::Site::current()) {
   return simt::shuffle(mask, v, simt::lane() ^ bits, width, site);
 }
 template <typename T>
-T __shfl_down_sync(unsigned mask, T v, int by, int width = 32,
-                   simt::Site site = simt::Site::current()) {
+T __shfl_down_sync(unsigned mask, T v, int by, int width = 32, simt::Site site = simt::Site::current()) {
   return simt::shuffle(mask, v, simt::lane() + by, width, site);
 }
 
@@ -219,14 +214,18 @@ T __ldg(const T* address) {
 template <typename T>
   requires std::is_arithmetic_v<T>
 T max(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return std::fmax(a, b);
-  else return a < b ? b : a;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmax(a, b);
+  else
+    return a < b ? b : a;
 }
 template <typename T>
   requires std::is_arithmetic_v<T>
 T min(T a, T b) {
-  if constexpr (std::is_floating_point_v<T>) return std::fmin(a, b);
-  else return b < a ? b : a;
+  if constexpr (std::is_floating_point_v<T>)
+    return std::fmin(a, b);
+  else
+    return b < a ? b : a;
 }
 
 inline float __expf(float x) { return std::exp(x); }
@@ -259,11 +258,9 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
   double sum[4] = {d[0], d[1], d[2], d[3]};
   for (int quad = 0; quad < 4; ++quad) {  // the lanes that hold this row of a, these columns of b
     const float* const a_row = warp.at<Fragment>(4 * row + quad).a;
-    const float* const b_cols[] = {warp.at<Fragment>(4 * col + quad).b,
-                                   warp.at<Fragment>(4 * col + 4 + quad).b};
+    const float* const b_cols[] = {warp.at<Fragment>(4 * col + quad).b, warp.at<Fragment>(4 * col + 4 + quad).b};
     for (int k = 0; k < 4; ++k)  // two neighbours, and the two 8 further
-      for (int i = 0; i < 4; ++i)
-        sum[i] += double{a_row[k / 2 * 4 + i / 2 * 2 + k % 2]} * b_cols[i % 2][k];
+      for (int i = 0; i < 4; ++i) sum[i] += double{a_row[k / 2 * 4 + i / 2 * 2 + k % 2]} * b_cols[i % 2][k];
   }
   for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sum[i]);
 }
@@ -274,17 +271,14 @@ inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, simt::Site at = simt:
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, simt::Site at = simt::Site::current()) {
   simt::load_matrices<4, false>(r, row, at);
 }
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row,
-                              simt::Site at = simt::Site::current()) {
+inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, simt::Site at = simt::Site::current()) {
   simt::load_matrices<2, true>(r, row, at);
 }
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row,
-                              simt::Site at = simt::Site::current()) {
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, simt::Site at = simt::Site::current()) {
   simt::load_matrices<4, true>(r, row, at);
 }
 
-inline void cp_async_16(void* dst, const void* src, bool pred,
-                        simt::Site site = simt::Site::current()) {
+inline void cp_async_16(void* dst, const void* src, bool pred, simt::Site site = simt::Site::current()) {
   simt::copy_async(dst, src, pred, site);
 }
 inline void cp_async_commit() { simt::copy_commit(); }

@@ -100,8 +100,10 @@ __device__ __forceinline__ void stage_queries(const FactorTile& tile, const Logi
     const int row = i / width, d = i - row * width;
     const bool exists = row < tile.count && d < p.shape.D;
     const T x = exists ? q[tile.rows[row].q_offset + d] : from_float<T>(0.f);
-    if constexpr (sizeof(U) == 2) q_smem[i] = x;
-    else q_smem[i] = to_float(x);
+    if constexpr (sizeof(U) == 2)
+      q_smem[i] = x;
+    else
+      q_smem[i] = to_float(x);
   }
 }
 

@@ -61,7 +61,8 @@ __device__ __forceinline__ void accumulate(float (&acc)[kProductBlocks][4], cons
 
 // Calls put(row, column, value) for every element this lane holds.
 template <typename F>
-__device__ __forceinline__ void for_each_element(const float (&acc)[kProductBlocks][4], const WarpShare& mine, F&& put) {
+__device__ __forceinline__ void for_each_element(const float (&acc)[kProductBlocks][4], const WarpShare& mine,
+                                                 F&& put) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int n = 0; n < kProductBlocks; ++n) {
