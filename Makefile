@@ -1,0 +1,63 @@
+# make venv    everything below, installed into .venv        make bench    measure
+# make build   compile the native libraries                 make format   lay out Python, C++ and CUDA
+# make test    run the tests                                make lint     check layout, style and types
+# make demo    segment a picture                            make clean    remove what these made
+#
+# Needs python3, g++ and make; nvcc too, to compile the CUDA kernels.
+
+PYTHON ?= python3
+VENV   ?= .venv
+# Pinned: on Linux a plain `torch` may fetch a CUDA build of several GB. Set TORCH to have another.
+TORCH  ?= torch==2.13.0
+
+BIN    := $(VENV)/bin
+PY     := $(BIN)/python
+# -qq: errors only, not a warning for each package index that lacks a package
+PIP    := $(PY) -m pip install -qq --disable-pip-version-check
+CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
+RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+
+.PHONY: venv build test demo bench format lint clean
+
+# A PyTorch that python3 has already, as on most machines with a GPU, is used and not fetched again.
+$(BIN)/has-torch:
+	@echo "making $(VENV)"
+	@if $(PYTHON) -c '$(RECENT_TORCH)' 2>/dev/null; \
+	  then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  else $(PYTHON) -m venv $(VENV) && { $(PIP) '$(TORCH)' || $(PIP) 'torch>=2.10'; }; fi
+	@touch $@
+
+$(BIN)/has-relpos_cuda: pyproject.toml setup.py $(BIN)/has-torch
+	@echo "installing relpos_cuda with its test, demo and dev extras into $(VENV)"
+	@$(PIP) --editable '.[test,demo,dev]'
+	@touch $@
+
+venv: $(BIN)/has-relpos_cuda
+
+build: venv
+	$(PY) -m relpos_cuda build all
+
+# Both run, whichever fails; the tests' summary is the last thing printed.
+test: venv
+	@$(PY) -m ruff check; ruff=$$?; $(PY) -m pytest --durations=15 $(ARGS) && exit $$ruff
+
+demo: venv
+	$(PY) -m relpos_cuda demo $(ARGS)
+
+bench: venv
+	$(PY) -m benchmarks $(ARGS)
+
+format: venv
+	$(PY) -m ruff check --fix --select I
+	$(PY) -m ruff format
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+lint: venv
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(PY) -m mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+"""The README says what is: its example runs, its list of variables is the one in the code."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import relpos_cuda
+from relpos_cuda import _env
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+
+
+def test_example_runs():
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    assert names["out"].shape == (1, 12, 64 * 64, 64)
+
+
+def test_environment_table():
+    assert _env.markdown_table() in README
+
+
+@pytest.mark.parametrize("name", relpos_cuda.__all__)
+def test_public_functions_are_documented(name: str):
+    function = getattr(relpos_cuda, name)
+    assert name in README or inspect.ismodule(function) or name in ("get_rel_pos", "decomposed_rel_pos")
+    if inspect.isfunction(function):
+        sections = ["Args:", "Returns:"] + ([] if name == "is_supported" else ["Raises:", "Source:"])
+        assert all(section in function.__doc__ for section in sections)
