@@ -11,6 +11,7 @@ with the *unscaled* ``q``, as SAM, ViTDet and MViTv2 do; video models add ``rel_
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -141,11 +142,12 @@ def add_decomposed_rel_pos(
 
 
 def _check_size(name: str, value: int, least: int = 1) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    if isinstance(value, bool) or isinstance(value, float | complex | str):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value.__index__()
+    size = operator.index(value)  # torch.compile: a symbolic size becomes a constant
+    if size < least:
+        raise ValueError(f"{name} must be at least {least}, got {size}")
+    return size
 
 
 def _check_grids(

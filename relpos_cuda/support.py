@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import math
+import operator
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,33 +30,40 @@ def is_supported(
     Returns:
         None if a fused kernel takes it; otherwise the reason why the slower PyTorch path will be used.
     """
-    dtype = str(q.dtype).removeprefix("torch.")
-    groups = math.prod(q.shape[:-2])
-    return refusal(q.device, dtype, groups, tuple(q_size), tuple(k_size), q.shape[-1], num_prefix_tokens)
+    head_dim = operator.index(q.shape[-1])  # torch.compile: a symbolic size becomes a constant
+    return _constant(q.device, q.dtype, tuple(q_size), tuple(k_size), head_dim, num_prefix_tokens)
+
+
+def _constant(*problem: Any) -> str | None:
+    return refusal(*problem)
+
+
+# For torch.compile: evaluated while tracing, not traced (which it would be if it were cached itself).
+_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=1024)
 def refusal(
     device: torch.device,
-    dtype: str,
-    groups: int,
+    dtype: torch.dtype,
     q_size: tables.Grid,
     k_size: tables.Grid,
     head_dim: int,
     num_prefix_tokens: int,
 ) -> str | None:
-    """The reason, from plain values: cached, and a constant for torch.compile."""
+    """The reason, from plain values."""
     if device.type not in ("cpu", "cuda"):
         return f"there is no kernel for {device.type} tensors"
     if device.type == "cpu":
         return None if _loader.load("cpu") else f"the CPU library is not usable: {_loader.status()['cpu'].reason}"
-    if dtype == "float64":
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float64:
         return "float64 has no CUDA kernel"
     planner = _loader.plan()
     if planner is None:
         return "the planner is not built"
     for direction in ("forward", "backward"):
-        plan = planner.plan_logits(direction, dtype, groups, q_size, k_size, head_dim, num_prefix_tokens, _arch(device))
+        plan = planner.plan_logits(direction, name, 1, q_size, k_size, head_dim, num_prefix_tokens, _arch(device))
         if plan.refusal:
             return str(plan.refusal)
     if not tables.one_to_one(q_size, k_size):
@@ -63,9 +71,6 @@ def refusal(
     if torch.cuda.is_available() and not _loader.load("cuda"):
         return f"the CUDA library is not usable: {_loader.status()['cuda'].reason}"
     return None
-
-
-refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _arch(device: torch.device) -> int:

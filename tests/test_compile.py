@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import relpos_cuda
 from problems import Problem, call, draw, same
-from relpos_cuda import _ops, tables
+from relpos_cuda import _ops, support, tables
 
 ours = relpos_cuda.add_decomposed_rel_pos
 PROBLEMS = [
@@ -36,6 +36,27 @@ def test_compile_fullgraph(problem: Problem, backend: str, inplace: bool, real_d
     grad = torch.randn_like(want)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(torch.autograd.grad(got, leaves, grad), torch.autograd.grad(want, others, grad))
+
+
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_compile_many_shapes(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch):
+    """Batch and grid change from call to call; support is asked as it is for a GPU."""
+    monkeypatch.setattr(support, "fused", lambda q, q_size, k_size, prefix: not support.is_supported(q, q_size, k_size))
+    torch._dynamo.reset()
+
+    def function(image, q, rel_pos_h, rel_pos_w):
+        batch, h, w = image.shape
+        attn = image.new_ones(batch, 2, h * w, h * w)
+        return ours(attn, q, rel_pos_h, rel_pos_w, (h, w), (h, w)).sin()
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for batch, h, w in [(2, 5, 6), (3, 5, 6), (3, 4, 3)]:
+        shapes = [(batch, h, w), (batch, 2, h * w, 16), (9, 16), (11, 16)]
+        inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]  # interpolation is traced differently
+        leaves = [t.requires_grad_() for t in inputs[1:]]
+        got, want = compiled(*inputs), function(*inputs)
+        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(want.sum(), leaves))
 
 
 class Module(torch.nn.Module):
