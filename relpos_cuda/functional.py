@@ -142,9 +142,12 @@ def add_decomposed_rel_pos(
 
 
 def _check_size(name: str, value: int, least: int = 1) -> int:
-    if isinstance(value, bool) or isinstance(value, float | complex | str):
+    try:
+        size = operator.index(value)  # torch.compile: a symbolic size becomes a constant
+    except TypeError:
+        size = None
+    if size is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    size = operator.index(value)  # torch.compile: a symbolic size becomes a constant
     if size < least:
         raise ValueError(f"{name} must be at least {least}, got {size}")
     return size

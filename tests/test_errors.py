@@ -72,6 +72,8 @@ SIZES = [
     ({"q_size": (0, 5)}, ValueError, r"q_size\[0\] must be at least 1, got 0"),
     ({"k_size": (4, -5)}, ValueError, r"k_size\[1\] must be at least 1, got -5"),
     ({"q_size": (4.0, 5)}, TypeError, r"q_size\[0\] must be an int, got 4.0"),
+    ({"k_size": (4, None)}, TypeError, r"k_size\[1\] must be an int, got None"),
+    ({"k_size": ((4,), 5)}, TypeError, r"k_size\[0\] must be an int, got \(4,\)"),
     ({"num_prefix_tokens": -1}, ValueError, r"num_prefix_tokens must be at least 0, got -1"),
     ({"num_prefix_tokens": 1}, ValueError, r"q must have S = 4 \* 5 \+ 1 prefix = 21 tokens, got 20"),
     ({"num_prefix_tokens": True}, TypeError, r"num_prefix_tokens must be an int, got True"),
