@@ -3,10 +3,11 @@
 Every peer gets the same logits, q and tables, and makes bias and sum from them. Gathers and einsums are inside the
 timed region for all. Each round runs every peer once; the table shows medians and their ratios.
 
-    add_(1)       the bare pass over the same memory: what in-place work cannot beat
+    bare add_(1), bare add(1)    one pass over the same memory: what no work in place, or out of place, can beat
     ours, in place / out of place
-    eager         (attn.view + rel_h) + rel_w, as segment_anything and its descendants write it
-    compiled      the same under torch.compile
+    eager                        (attn.view + rel_h) + rel_w, as segment_anything and its descendants write it
+    eager, in place              the same with add_, as MViT writes it
+    compiled                     eager under torch.compile
 """
 
 from __future__ import annotations
@@ -33,12 +34,15 @@ Peer = Callable[[], object]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def eager(attn: Tensor, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, q_size, k_size) -> Tensor:
+def eager(attn: Tensor, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, q_size, k_size, inplace=False) -> Tensor:
     grid = q.view(-1, *q_size, q.shape[-1])
     rel_h = torch.einsum("bhwc,hkc->bhwk", grid, reference.get_rel_pos(q_size[0], k_size[0], rel_pos_h))
     rel_w = torch.einsum("bhwc,wkc->bhwk", grid, reference.get_rel_pos(q_size[1], k_size[1], rel_pos_w))
-    biased = attn.view(-1, *q_size, *k_size) + rel_h[..., None] + rel_w[..., None, :]
-    return biased.view(attn.shape)
+    on_grids = attn.view(-1, *q_size, *k_size)
+    if inplace:
+        on_grids.add_(rel_h[..., None]).add_(rel_w[..., None, :])
+        return attn
+    return (on_grids + rel_h[..., None] + rel_w[..., None, :]).view(attn.shape)
 
 
 class Intermediate(torch.autograd.Function):
@@ -85,15 +89,18 @@ def peers_of(case: Case, dtype: torch.dtype, device: str, compiled: bool) -> dic
     check(case, attn, q, tables)
     peers = {
         "forward": {
-            "add_(1)": lambda: attn.add_(1),
+            "bare add_(1)": lambda: attn.add_(1),
+            "bare add(1)": lambda: attn + 1,
             "ours, in place": forward(ours, inplace=True),
             "ours, out of place": forward(ours),
             "eager": forward(eager),
+            "eager, in place": forward(eager, inplace=True),
         },
         "forward + backward": {
             "ours, in place": both(ours, inplace=True),
             "ours, out of place": both(ours),
             "eager": both(eager),
+            "eager, in place": both(eager, inplace=True),
         },
     }
     if compiled:
@@ -149,7 +156,9 @@ def print_row(row: dict) -> None:
         ratio = ms[f"{direction}: eager"] / median
         low, high = row["spread"][name]
         print(f"  {name:40} {median:9.2f} ms   [{low:.2f}, {high:.2f}]   {ratio:6.2f} x eager's speed")
-    print(f"  in place over a bare add_(1): {ms['forward: ours, in place'] / ms['forward: add_(1)']:.2f} x its time")
+    print(
+        f"  in place over a bare add_(1): {ms['forward: ours, in place'] / ms['forward: bare add_(1)']:.2f} x its time"
+    )
 
 
 def machine(device: str) -> dict:
