@@ -11,7 +11,8 @@ import pytest
 import relpos_cuda
 from relpos_cuda import _env
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs():
@@ -23,6 +24,14 @@ def test_example_runs():
 
 def test_environment_table():
     assert _env.markdown_table() in README
+
+
+def test_measured_rows_are_those_of_a_committed_result(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import report
+
+    (result,) = re.findall(r"\(benchmarks/results/cpu/(.*?\.json)\)", README)
+    assert report.table(ROOT / "benchmarks/results/cpu" / result) in README
 
 
 @pytest.mark.parametrize("name", relpos_cuda.__all__)
