@@ -44,8 +44,10 @@ def same(name: str, h: int, w: int, head_dim: int, **more: int) -> Problem:
 # What users run, fewer heads; one group of the largest grids is 67 MB of float32 logits.
 MODELS = [
     same("sam_b_window", 14, 14, 64, batch=3, heads=12),
+    same("sam_l_window", 14, 14, 64, batch=2, heads=16),
     same("sam_h_window", 14, 14, 80, batch=2, heads=4),
     same("sam_b_global", 64, 64, 64, heads=1),
+    same("sam_l_global", 64, 64, 64, heads=2),
     same("sam_h_global", 64, 64, 80, heads=1),
     same("deepseek_ocr_48", 48, 48, 64, heads=1),
     same("cellpose_32_interpolated", 32, 32, 64, heads=2, table=127),
