@@ -48,7 +48,7 @@ struct LogitsBwdParams : LogitsParams {
   const void* grad = nullptr;  // [rows, N]
   void* dq = nullptr;          // [rows, D] or null
   float* dfactors = nullptr;   // [rows, factors] or null
-  bool lanes_own_columns = false;
+  int line_lanes_log2 = -1;    // lanes that load one image row of keys, if a lane always meets the same columns
   FastDiv by_quads;  // of elements in a row of dq
 };
 

@@ -18,8 +18,9 @@ from relpos_cuda import _ops, autograd
 from simt import toolchain
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [ROOT / "csrc/cuda/logits.cu", ROOT / "csrc/plan.cpp"]
+SOURCES = ["csrc/cuda/logits.cu", "csrc/plan.cpp"]
 NAMESPACE = "relpos_emulated"
+INSTEAD = "RELPOS_EMULATED_LIBRARY"  # variable that names another library to test, one with a planted bug
 
 
 def use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +46,26 @@ def load() -> torch._ops._OpNamespace:
 
 def build() -> Path:
     """Compiles the library once per content of the sources; it takes about 15 seconds."""
+    if instead := os.environ.get(INSTEAD):
+        return Path(instead)
+    target = ROOT / "build" / "emulated" / _digest() / f"lib{NAMESPACE}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+        compile_tree(ROOT, unfinished)
+        unfinished.replace(target)
+    return target
+
+
+def compile_tree(root: Path, library: Path, *more: str) -> None:
+    """The library of a tree that has csrc and tests/simt: the project, or a copy of it."""
+    sources = [root / source for source in SOURCES]
+    toolchain.compile_library(sources, library, extra=[*_flags(), *more], shim=root / "tests" / "simt")
+
+
+def _flags() -> list[str]:
     torch_root = Path(torch.__file__).parent
-    flags = [
+    return [
         f"-DRELPOS_OPS={NAMESPACE}",
         "-DRELPOS_DEVICE=CPU",
         "-DTORCH_TARGET_VERSION=0x020a000000000000",
@@ -58,17 +77,10 @@ def build() -> Path:
         "-ltorch",
         "-ltorch_cpu",
     ]
-    target = ROOT / "build" / "emulated" / _digest(flags) / f"lib{NAMESPACE}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-        toolchain.compile_library(SOURCES, unfinished, extra=flags)
-        unfinished.replace(target)
-    return target
 
 
-def _digest(flags: list[str]) -> str:
-    digest = hashlib.sha256(repr(flags).encode())
+def _digest() -> str:
+    digest = hashlib.sha256(repr(_flags()).encode())
     for folder in (ROOT / "csrc", ROOT / "tests" / "simt"):
         for path in sorted(folder.rglob("*")):
             if path.is_file() and path.suffix in (".h", ".cpp", ".cu", ".cuh", ".py"):

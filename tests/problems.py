@@ -86,6 +86,7 @@ TINY = [
     Problem("fraction_9x7_5x3", (9, 7), (5, 3), 16),
     Problem("axes_disagree", (8, 2), (2, 8), 24, batch=2),
     Problem("video", (2, 4, 3), (2, 2, 3), 24, batch=2),
+    Problem("video_lanes", (1, 2, 1), (2, 2, 128), 8, heads=1),
     Problem("video_cls_interpolated", (3, 4, 4), (2, 4, 4), 16, prefix=1, table=9),
 ]
 

@@ -133,8 +133,9 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
       p.dfactors = dtable ? factors->mutable_data_ptr<float>() : nullptr;
       const int keys_w = s.axis[kW].keys;
       p.whole_vectors = is_aligned(p.grad, 16);
-      p.lanes_own_columns =
-          p.whole_vectors && s.prefix == 0 && keys_w % kVector<S> == 0 && 32 * kVector<S> % keys_w == 0;
+      const bool whole_lines = keys_w % kVector<S> == 0 && 32 * kVector<S> % keys_w == 0;
+      if (p.whole_vectors && s.prefix == 0 && whole_lines)
+        for (p.line_lanes_log2 = 0; kVector<S> << p.line_lanes_log2 < keys_w;) ++p.line_lanes_log2;
       p.by_quads = FastDiv(ceil_div(s.D, 4));
       auto kernel = logits_bwd_kernel<S, T, false>;
       if constexpr (sizeof(T) == 2)

@@ -31,28 +31,28 @@ struct SumRow {
 // Where image rows of keys are whole vectors and a warp loads whole image rows at once, a lane meets the same columns
 // in every vector: column sums stay in its registers.
 template <typename S>
-__device__ __forceinline__ void sum_row_in_registers(const SumRow& to, const S* grad) {
+__device__ __forceinline__ void sum_row_in_registers(const SumRow& to, const S* grad, int lanes_log2) {
   constexpr int V = kVector<S>, kUnroll = 4;
-  const int lane = threadIdx.x % 32;
-  const int keys_o = to.shape.outer_keys(), lanes = to.shape.axis[kW].keys / V, at_once = 32 / lanes;
+  const int lane = threadIdx.x % 32, lanes = 1 << lanes_log2, at_once = 32 >> lanes_log2;
+  const int keys_o = to.shape.outer_keys(), line = lane >> lanes_log2, own = lane & (lanes - 1);
   float column[V] = {};
   for (int o0 = 0; o0 < keys_o; o0 += kUnroll * at_once) {
     uint4 regs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int o = o0 + u * at_once + lane / lanes;
-      regs[u] = o < keys_o ? load_stream(grad + (static_cast<int64_t>(o) * lanes + lane % lanes) * V)
-                           : make_uint4(0, 0, 0, 0);
+      const int o = o0 + u * at_once + line;
+      regs[u] =
+          o < keys_o ? load_stream(grad + ((static_cast<int64_t>(o) << lanes_log2) + own) * V) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int o = o0 + u * at_once + lane / lanes;
+      const int o = o0 + u * at_once + line;
       float x[V], sum = 0.f;
       unpack<S>(regs[u], x);
 #pragma unroll
       for (int i = 0; i < V; ++i) column[i] += x[i], sum += x[i];
       for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      if (lane % lanes == 0 && o < keys_o) to.outer[o] = sum;
+      if (own == 0 && o < keys_o) to.outer[o] = sum;
     }
   }
   for (int d = lanes; d < 32; d *= 2)
@@ -142,8 +142,8 @@ __device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, f
   const SumRow to{s, outer, factors + s.axis[kW].factor, buffer, p.whole_vectors ? s.rows() * s.N() : 0};
   const S* grad = static_cast<const S*>(p.grad);
   const int64_t begin = row * s.N() + s.prefix;
-  if (p.lanes_own_columns)
-    sum_row_in_registers(to, grad + begin);
+  if (p.line_lanes_log2 >= 0)
+    sum_row_in_registers(to, grad + begin, p.line_lanes_log2);
   else
     sum_row_in_buffer(to, grad, begin);
   if (!with_t) return;
@@ -158,7 +158,7 @@ __device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, f
     for (int h = 0; h < keys_h; ++h) sum += outer[t * keys_h + h];
     factors[s.axis[kT].factor + t] = sum;
   }
-  __syncwarp();
+  __syncwarp();  // before the next row overwrites `outer`
 }
 
 // dq without tensor cores: a thread takes four elements of a row, key by key.

@@ -39,10 +39,10 @@ def missing() -> str | None:
     return None if cuda_include() else "no CUDA headers (cuda_fp16.h): set CUDA_HOME"
 
 
-def compile_library(sources: Iterable[Path], library: Path, extra: Iterable[str] = ()) -> Path:
-    """Builds one shared library out of kernel sources and the shim."""
-    include = ["-DRELPOS_EMULATE", f"-I{HERE}", "-isystem", str(cuda_include())]
-    inputs = [str(s) for s in (*sources, HERE / "simt.cpp")]
+def compile_library(sources: Iterable[Path], library: Path, extra: Iterable[str] = (), shim: Path = HERE) -> Path:
+    """Builds one shared library out of kernel sources and the shim, or a copy of it."""
+    include = ["-DRELPOS_EMULATE", f"-I{shim}", "-isystem", str(cuda_include())]
+    inputs = [str(s) for s in (*sources, shim / "simt.cpp")]
     command = [compiler(), *FLAGS, *include, "-shared", "-Wl,-Bsymbolic", "-x", "c++", *inputs]
     command += ["-x", "none", *extra, "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,0 +1,300 @@
+"""Machine code of the CUDA kernels, read without a GPU. `python tests/sass.py` prints what a kernel costs.
+
+    librelpos_cuda.so ──cuobjdump──▶ kernels of an architecture ──▶ control flow ──▶ the loop that streams the logits
+    ptxas.log ──────────────────────▶ registers, spills, warnings
+
+Branches are followed by address, so that blocks the compiler moved behind the end of a kernel count where they run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pytest
+
+if __name__ == "__main__":
+    sys.path.insert(1, str(Path(__file__).parent.parent))
+
+from relpos_cuda import _build, _toolchain
+from test_install import ARCHS, no_nvcc
+
+READ_ARCHS = ("80", "90a")  # whose machine code is read; ptxas.log tells about all
+SHARED_PER_SM = {"80": 164, "86": 100, "89": 100, "90a": 228, "100": 228, "120": 100}  # KiB, CUDA programming guide
+REGISTERS_PER_SM, REGISTERS_AT_ONCE = 65536, 256  # the latter: what a warp's share is rounded up to
+RESERVED_SHARED = 1024  # of every block
+
+
+@dataclass(frozen=True)
+class Instruction:
+    address: int
+    predicated: bool
+    opcode: str  # LDG.E.NA.128
+    operands: str
+
+    @property
+    def root(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def streams_in(self) -> bool:
+        """A read of 16 bytes that leaves L1 to others: load_stream of csrc/cuda/tile/ptx.cuh."""
+        return bool(re.fullmatch(r"LDG\..*\bNA\b.*\.128", self.opcode))
+
+    @property
+    def stores_vector(self) -> bool:
+        return self.root == "STG" and self.opcode.endswith(".128")
+
+    @property
+    def target(self) -> int | None:
+        """Of a branch or call with a known target."""
+        found = re.findall(r"0x[0-9a-f]+", self.operands) if self.root in ("BRA", "CALL") else []
+        return int(found[-1], 16) if found else None
+
+    @property
+    def falls_through(self) -> bool:
+        if self.root in ("EXIT", "RET", "BRX", "JMP"):
+            return self.predicated
+        return self.predicated or self.opcode != "BRA" or "," in self.operands  # BRA.DIV, BRA P1, ...
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The addresses that come round again to the first; those at the ends branch back."""
+
+    head: int
+    ends: frozenset[int]
+    body: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    mangled: str
+    code: tuple[Instruction, ...]
+
+    @property
+    def tensor_cores(self) -> bool:
+        return str(self).endswith(" mma")
+
+    @property
+    def vector(self) -> int:
+        """Logits of a 16-byte vector."""
+        return 4 if name_of(self.mangled).split()[1] == "float32" else 8
+
+    def __str__(self) -> str:
+        return name_of(self.mangled)
+
+    def roots(self, *names: str) -> list[str]:
+        """Opcodes of the kernel that are one of these, whatever follows the first dot."""
+        return [i.opcode for i in self.code if i.root in names]
+
+    @cached_property
+    def successors(self) -> dict[int, list[int]]:
+        following = dict(zip(self.code, self.code[1:], strict=False))
+        known = {i.address for i in self.code}
+        edges: dict[int, list[int]] = {}
+        for i in self.code:
+            edges[i.address] = [following[i].address] if i in following and i.falls_through else []
+            if i.target in known:
+                edges[i.address].append(i.target)
+        return edges
+
+    @cached_property
+    def predecessors(self) -> dict[int, list[int]]:
+        edges = defaultdict(list)
+        for address, targets in self.successors.items():
+            for target in targets:
+                edges[target].append(address)
+        return edges
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Those that read the logits by vectors of 16 bytes."""
+        reads = {i.address for i in self.code if i.streams_in}
+        found: dict[int, Loop] = {}
+        for i in self.code:
+            head = i.target
+            if head is None or head > i.address or i.root != "BRA":
+                continue
+            if i.address in _distances(self.successors, self.code[0].address, without=head):
+                continue  # not the end of a loop, but the way back from a block behind the end of the kernel
+            known = found.get(head, Loop(head, frozenset(), frozenset()))
+            body = known.body | {head, *_distances(self.predecessors, i.address, without=head)}
+            found[head] = Loop(head, known.ends | {i.address}, body)
+        return [loop for loop in found.values() if loop.body & reads]
+
+    @cached_property
+    def stream_loop(self) -> Loop | None:
+        """The innermost loop that reads the logits; of several, the one with the most reads."""
+        innermost = [loop for loop in self.loops if not any(other.body < loop.body for other in self.loops)]
+        return max(innermost, key=lambda loop: sum(i.streams_in for i in self.within(loop)), default=None)
+
+    def within(self, loop: Loop) -> list[Instruction]:
+        return [i for i in self.code if i.address in loop.body]
+
+    def shortest_iteration(self, loop: Loop) -> int | None:
+        """Fewest instructions on a way round the loop that passes every 16-byte read and write of the logits."""
+        inside = {a: [s for s in self.successors[a] if s in loop.body and s != loop.head] for a in loop.body}
+        stops = [i.address for i in self.within(loop) if i.streams_in or i.stores_vector]
+        total, at = 1, loop.head
+        for goals in (*({stop} for stop in stops), loop.ends):
+            steps, at = min(((n, goal) for goal, n in _distances(inside, at).items() if goal in goals), default=(0, -1))
+            if at < 0:
+                return None
+            total += steps
+        return total
+
+
+def _distances(edges: dict[int, list[int]], start: int, without: int | None = None) -> dict[int, int]:
+    """Steps from ``start`` to all that can be reached, never through ``without``."""
+    if start == without:
+        return {}
+    found, pending = {start: 0}, [start]
+    for address in pending:  # grows: breadth first
+        for target in edges[address]:
+            if target != without and target not in found:
+                found[target] = found[address] + 1
+                pending.append(target)
+    return found
+
+
+_TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
+
+
+def name_of(mangled: str) -> str:
+    """Of a kernel of namespace relpos: name, types, mma for tensor cores: logits_fwd float32 float16 mma."""
+    found = re.match(r"_ZN6relpos\d+(\w+?)_kernel(?:I(.*?)(?:Lb(\d)E)?E)?E", mangled)
+    if not found:
+        raise ValueError(f"not a kernel of this project: {mangled}")
+    words = [found[1]]
+    for token in re.findall(r"f|6__half|13__nv_bfloat16|S\d*_", found[2] or ""):
+        words.append(words[-1] if token.startswith("S") else _TYPES[token])  # S1_: the same type again
+    return " ".join((*words, "mma") if found[3] == "1" else words)
+
+
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+
+
+def parse(text: str) -> list[Kernel]:
+    """Kernels in the output of `cuobjdump -sass`."""
+    kernels: list[Kernel] = []
+    for part in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
+        mangled, *lines = part.splitlines()
+        code = tuple(
+            Instruction(int(m[1], 16), bool(m[2]), m[3], m[4]) for line in lines if (m := _INSTRUCTION.match(line))
+        )
+        kernels.append(Kernel(mangled.strip(), code))
+    return kernels
+
+
+# ---- what ptxas says
+
+
+@dataclass(frozen=True)
+class Usage:
+    arch: str
+    mangled: str
+    registers: int
+    memory: str  # "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+
+    @property
+    def local_bytes(self) -> int:
+        return sum(map(int, re.findall(r"\d+", self.memory)))
+
+
+def usage_of(log: str) -> list[Usage]:
+    entry = r"Compiling entry function '(\w+)' for 'sm_(\w+)'(?:(?!Compiling)[\s\S])*?"
+    memory = r"(\d+ bytes stack frame.*)(?:(?!Compiling)[\s\S])*?Used (\d+) registers"
+    return [Usage(arch, name, int(count), text) for name, arch, text, count in re.findall(entry + memory, log)]
+
+
+def complaints(log: str) -> list[str]:
+    """Lines of ptxas that are more than numbers: warnings, and notes such as (C7510)."""
+    return [line for line in log.splitlines() if re.search(r"\(C\d{4}\)|warning|Performance Loss", line)]
+
+
+def blocks_per_sm(arch: str, threads: int, registers: int, shared_bytes: int = 0) -> int:
+    of_warp = -(-registers * 32 // REGISTERS_AT_ONCE) * REGISTERS_AT_ONCE
+    by_registers = REGISTERS_PER_SM // (of_warp * threads // 32)
+    return min(by_registers, SHARED_PER_SM[arch] * 1024 // (shared_bytes + RESERVED_SHARED))
+
+
+# ---- library and tools
+
+
+def tool(name: str) -> Path | None:
+    """On the PATH, beside nvcc, or in a package of the Python environment."""
+    if found := shutil.which(name):
+        return Path(found)
+    places = [] if no_nvcc() else [_toolchain.nvcc().path.parent]
+    spec = importlib.util.find_spec("nvidia")
+    for root in (spec.submodule_search_locations or ()) if spec else ():
+        places += sorted(Path(root).glob("*/bin"))
+    return next((place / name for place in places if (place / name).is_file()), None)
+
+
+def missing() -> str:
+    """Why machine code cannot be read here, or nothing."""
+    lacking = [name for name in ("cuobjdump", "nvdisasm") if tool(name) is None]
+    return no_nvcc() or (f"no {' and no '.join(lacking)}" if lacking else "")
+
+
+def library() -> Path:
+    """The CUDA library for the architectures of test_install.py, from the cache if it is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
+        return _build.build("cuda")
+
+
+def kernels_of(path: Path, arch: str) -> list[Kernel]:
+    search = os.pathsep.join((str(Path(tool("nvdisasm") or "").parent), os.environ.get("PATH", "")))
+    command = [str(tool("cuobjdump")), "-sass", "-arch", f"sm_{arch}", str(path)]
+    done = subprocess.run(command, env={**os.environ, "PATH": search}, check=True, capture_output=True, text=True)
+    return parse(done.stdout)
+
+
+# ---- the report
+
+
+def rows(kernels: Iterable[Kernel], registers: dict[str, int]) -> list[tuple[str, ...]]:
+    head = ("kernel", "registers", "instructions", "loop", "logits", "per logit", "way", "per logit")
+    table: list[tuple[str, ...]] = [head]
+    for kernel in sorted(kernels, key=str):
+        cells = [str(kernel), str(registers[kernel.mangled]), str(len(kernel.code))]
+        if loop := kernel.stream_loop:
+            inside, way = kernel.within(loop), kernel.shortest_iteration(loop)
+            logits = sum(i.streams_in for i in inside) * kernel.vector
+            cells += [str(len(inside)), str(logits), f"{len(inside) / logits:.1f}"]
+            cells += [str(way), f"{way / logits:.1f}"] if way else ["", ""]
+        table.append((*cells, *[""] * (len(head) - len(cells))))
+    return table
+
+
+def report() -> str:
+    path = library()
+    usage = usage_of((path.parent / "ptxas.log").read_text())
+    lines = [
+        "loop: instructions of the loop that streams the logits, rare cases too; logits: of a thread, per iteration;"
+    ]
+    lines += ["way: the shortest iteration that reads and writes every vector, inner loops run once"]
+    for arch in READ_ARCHS:
+        table = rows(kernels_of(path, arch), {u.mangled: u.registers for u in usage if u.arch == arch})
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        lines += ["", f"sm_{arch}"]
+        for first, *others in table:
+            cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+            lines.append("  ".join((first.ljust(widths[0]), *cells)).rstrip())
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(missing() or report())

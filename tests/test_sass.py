@@ -1,0 +1,222 @@
+"""The machine code of every CUDA kernel: no spills, no atomics, tensor cores and wide accesses where they belong.
+
+Needs nvcc, cuobjdump and nvdisasm, and no GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import sass
+from problems import MODELS
+from relpos_cuda import _loader
+from sass import Kernel, Usage
+
+needs_tools = pytest.mark.skipif(bool(sass.missing()), reason=sass.missing() or "all there")
+each_arch = pytest.mark.parametrize("arch", sass.READ_ARCHS)
+
+HALF = ("float16", "bfloat16")
+PAIRS = [("float32", "float32"), *((t, t) for t in HALF), *(("float32", t) for t in HALF)]  # logits, q
+KERNELS = {
+    "table_sum",
+    *(f"{name} {s} {t}{cores}" for name in ("logits_fwd", "logits_bwd") for s, t in PAIRS for cores in ("", " mma")),
+    *(f"table_partial {t}{cores}" for t in ("float32", *HALF) for cores in ("", " mma")),
+} - {f"{name} float32 mma" for name in ("logits_fwd float32", "logits_bwd float32", "table_partial")}
+THREADS = 256
+UNROLL = 4  # vectors that a thread has in flight
+ATOMICS = ("RED", "REDG", "REDAS", "ATOM", "ATOMG", "ATOMS", "UBLKRED", "UTMAREDG", "SUATOM", "SURED")
+LOCAL = ("LDL", "STL", "LD", "ST")  # LD and ST: an address space the compiler could not tell
+
+
+@dataclass(frozen=True)
+class Built:
+    kernels: dict[str, list[Kernel]]  # of each architecture
+    usage: list[Usage]
+    complaints: list[str]
+
+
+@pytest.fixture(scope="session")
+def built() -> Built:
+    library: Path = sass.library()
+    log = (library.parent / "ptxas.log").read_text()
+    kernels = {arch: sass.kernels_of(library, arch) for arch in sass.READ_ARCHS}
+    return Built(kernels, sass.usage_of(log), sass.complaints(log))
+
+
+# ---- rules: what is wrong with a kernel, each fault in words
+
+
+def faults_of_memory(k: Kernel) -> Iterator[str]:
+    if found := k.roots(*LOCAL):
+        yield f"local or generic memory: {len(found)} of {sorted(set(found))}"
+    if found := k.roots(*ATOMICS):
+        yield f"atomics: {len(found)} of {sorted(set(found))}"
+
+
+def faults_of_tensor_cores(k: Kernel) -> Iterator[str]:
+    for root in ("HMMA", "LDSM"):
+        if bool(k.roots(root)) != k.tensor_cores:
+            yield f"{len(k.roots(root))} {root}"
+
+
+def faults_of_stream(k: Kernel) -> Iterator[str]:
+    if not str(k).startswith("logits"):
+        return
+    loop = k.stream_loop
+    if loop is None:
+        yield "no loop reads the logits by 16 bytes"
+        return
+    inside = k.within(loop)
+    loads = [n for n, i in enumerate(inside) if i.streams_in]
+    stores = [n for n, i in enumerate(inside) if i.stores_vector]
+    if len(loads) != UNROLL or len(stores) != (UNROLL if str(k).startswith("logits_fwd") else 0):
+        yield f"{len(loads)} reads and {len(stores)} writes of 16 bytes in the loop"
+    use = [n for n, i in enumerate(inside) if i.root in ("FADD", "FFMA", "HADD2", "PRMT", "STG", "STS", "SHFL")]
+    if loads and use and max(loads) > min(use):
+        yield "a vector is used before all are on their way"
+
+
+RULES = [faults_of_memory, faults_of_tensor_cores, faults_of_stream]
+
+
+@needs_tools
+@pytest.mark.slow
+@each_arch
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_machine_code(built: Built, arch: str, rule: Callable[[Kernel], Iterator[str]]):
+    faults = [f"{kernel}: {fault}" for kernel in built.kernels[arch] for fault in rule(kernel)]
+    assert not faults, "\n".join(faults)
+
+
+@needs_tools
+@pytest.mark.slow
+@each_arch
+def test_every_kernel_is_there(built: Built, arch: str):
+    assert {str(k) for k in built.kernels[arch]} == KERNELS
+    assert len(built.kernels[arch]) == len(KERNELS)
+    assert min(len(k.code) for k in built.kernels[arch]) > 100, "the parser met a format it does not know"
+
+
+@needs_tools
+@pytest.mark.slow
+def test_registers_spills_and_warnings(built: Built):
+    """On every architecture of the library."""
+    assert len(built.usage) == len(KERNELS) * len(sass.ARCHS)
+    assert built.complaints == []
+    for u in built.usage:
+        assert u.local_bytes == 0, f"{u.mangled} on sm_{u.arch}: {u.memory}"
+        assert u.registers <= 128, f"{u.mangled} on sm_{u.arch}: {u.registers} registers"
+        assert sass.blocks_per_sm(u.arch, THREADS, u.registers) >= 2
+
+
+@pytest.fixture(scope="module")
+def plan():
+    planner = _loader.plan()
+    if planner is None:
+        pytest.skip("no planner: see the warning")
+    return planner.plan_logits
+
+
+@needs_tools
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sass.ARCHS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_two_blocks_of_every_model_share_an_sm(built: Built, plan, arch: str, direction: str):
+    """By the shared memory of the plan and the registers of the kernel it names."""
+    registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
+    for problem in MODELS:
+        for logits, q in PAIRS:
+            sizes = (problem.batch * problem.heads, problem.q_size, problem.k_size, problem.head_dim, problem.prefix)
+            p = plan(direction, q, *sizes, int(arch.rstrip("a")))
+            assert (p.refusal, p.threads) == ("", THREADS)
+            name, variant = p.kernel.rsplit("_", 1)
+            kernel = f"{name} {logits} {q}{' mma' if variant == 'mma' else ''}"
+            blocks = sass.blocks_per_sm(arch, THREADS, registers[kernel], p.shared_bytes)
+            assert blocks >= 2, f"{problem}: {blocks} blocks of {kernel}, {p.shared_bytes} bytes"
+
+
+# ---- the rules and the parser, on code with planted faults
+
+STREAM = """
+		Function : _ZN6relpos17logits_fwd_kernelI6__halfS1_Lb0EEEvNS_15LogitsFwdParamsE
+	.headerflags	@"EF_CUDA_SM80"
+        /*0000*/                   MOV R1, c[0x0][0x28] ;                 /* 0x00000a0000017a02 */
+                                                                           /* 0x000fe40000000f00 */
+        /*0010*/              @!P1 LDG.E.NA.128 R4, [R2.64] ;             /* 0x0000000402049981 */
+        /*0020*/              @!P1 LDG.E.NA.128 R8, [R2.64+0x1000] ;      /* 0x0000000402049981 */
+        /*0030*/              @!P1 LDG.E.NA.128 R12, [R2.64+0x2000] ;     /* 0x0000000402049981 */
+        /*0040*/              @!P1 LDG.E.NA.128 R16, [R2.64+0x3000] ;     /* 0x0000000402049981 */
+        /*0050*/               @P0 BRA 0xf0 ;                             /* 0x0000000000000947 */
+        /*0060*/                   FADD R4, R4, R5 ;                      /* 0x0000000504047221 */
+        /*0070*/                   STG.E.128 [R2.64], R4 ;                /* 0x0000000402007986 */
+        /*0080*/                   STG.E.128 [R2.64+0x1000], R8 ;         /* 0x0000000402007986 */
+        /*0090*/                   STG.E.128 [R2.64+0x2000], R12 ;        /* 0x0000000402007986 */
+        /*00a0*/                   STG.E.128 [R2.64+0x3000], R16 ;        /* 0x0000000402007986 */
+        /*00b0*/              @!P2 BRA 0x10 ;                             /* 0x0000000000000947 */
+        /*00c0*/                   EXIT ;                                 /* 0x000000000000794d */
+        /*00f0*/                   BRA 0x60 ;                             /* 0x0000000000007947 */
+"""
+
+
+def one(text: str) -> Kernel:
+    (kernel,) = sass.parse(text)
+    return kernel
+
+
+def test_parser_and_control_flow():
+    kernel = one(STREAM)
+    assert (str(kernel), kernel.vector, len(kernel.code)) == ("logits_fwd float16 float16", 8, 14)
+    loop = kernel.stream_loop
+    assert loop is not None and (loop.head, *loop.ends) == (0x10, 0xB0)
+    assert loop.body == {*range(0x10, 0xC0, 0x10), 0xF0}, "with the block behind the end"
+    assert kernel.shortest_iteration(loop) == 11
+    assert [fault for rule in RULES for fault in rule(kernel)] == []
+
+
+@pytest.mark.parametrize(
+    "line,planted,fault",
+    [
+        ("FADD R4, R4, R5", "STL [R1], R4", "local or generic memory: 1 of ['STL']"),
+        ("FADD R4, R4, R5", "RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R4", "atomics: 1 of ['RED.E"),
+        ("FADD R4, R4, R5", "HMMA.16816.F32 R4, R4, R8, R4", "1 HMMA"),
+        ("LDG.E.NA.128 R16, [R2.64+0x3000]", "FADD R4, R4, R5", "3 reads and 4 writes"),
+        ("STG.E.128 [R2.64], R4", "STG.E.64 [R2.64], R4", "4 reads and 3 writes"),
+        ("MOV R1, c[0x0][0x28]", "HFMA2.MMA R1, -RZ, RZ, 0, 0", ""),  # no tensor core in spite of its name
+        ("LDG.E.NA.128 R8, [R2.64+0x1000]", "PRMT R4, R4, 0x7632, R4", "used before all are on their way"),
+        ("@!P2 BRA 0x10", "@!P2 BRA 0xc0", "no loop"),
+    ],
+)
+def test_planted_faults_are_found(line: str, planted: str, fault: str):
+    assert line in STREAM
+    faults = [found for rule in RULES for found in rule(one(STREAM.replace(line, planted)))]
+    assert any(fault in found for found in faults) if fault else not faults
+
+
+def test_ptxas_log_with_planted_faults():
+    log = """ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized
+ptxas info    : Compiling entry function '_ZN6relpos16table_sum_kernelENS_15TableGradParamsE' for 'sm_90a'
+ptxas info    : Function properties for _ZN6relpos16table_sum_kernelENS_15TableGradParamsE
+    8 bytes stack frame, 4 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 129 registers, used 1 barriers, 600 bytes cmem[0]
+"""
+    (usage,) = sass.usage_of(log)
+    assert (usage.arch, usage.registers, usage.local_bytes) == ("90a", 129, 16)
+    assert sass.name_of(usage.mangled) == "table_sum"
+    assert len(sass.complaints(log)) == 1
+
+
+@pytest.mark.parametrize("registers,shared,blocks", [(128, 0, 2), (129, 0, 1), (64, 0, 4), (64, 100 * 1024, 1)])
+def test_blocks_per_sm(registers: int, shared: int, blocks: int):
+    assert sass.blocks_per_sm("80", THREADS, registers, shared) == blocks
+
+
+def test_missing_tools_are_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sass, "tool", lambda name: None)
+    monkeypatch.setattr(sass, "no_nvcc", lambda: "")
+    assert sass.missing() == "no cuobjdump and no nvdisasm"
+    monkeypatch.setattr(sass, "no_nvcc", lambda: "no nvcc found")
+    assert sass.missing() == "no nvcc found"
