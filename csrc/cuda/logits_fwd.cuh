@@ -27,17 +27,6 @@ __device__ __forceinline__ float outer_factor(const LogitsFwdParams& p, const fl
   return factors[p.shape.axis[kT].factor + t] + factors[p.shape.axis[kH].factor + h];
 }
 
-// Factors of four neighbouring columns, in one load where they lie so.
-__device__ __forceinline__ void load_inner(const float* of_row, int at, int count, float (&x)[4]) {
-  if (count == 4 && at % 4 == 0) {
-    const float4 v = *reinterpret_cast<const float4*>(of_row + at);
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] = i < count ? of_row[at + i] : 0.f;
-  }
-}
-
 // x[0 .. COUNT): elements of the slab from e on.
 template <int COUNT>
 __device__ __forceinline__ void add_bias(const LogitsFwdParams& p, const float* factors, int e, float (&x)[COUNT]) {
@@ -51,12 +40,7 @@ __device__ __forceinline__ void add_bias(const LogitsFwdParams& p, const float* 
   if (n >= 0 && j + COUNT <= keys_w) {  // the common case: one image row of keys
     const float outer = outer_factor(p, of_row, o);
 #pragma unroll
-    for (int i = 0; i < COUNT; i += 4) {
-      float inner[4];
-      load_inner(of_row, w + j + i, min(COUNT - i, 4), inner);
-#pragma unroll
-      for (int k = 0; k < min(COUNT - i, 4); ++k) x[i + k] += outer + inner[k];
-    }
+    for (int i = 0; i < COUNT; ++i) x[i] += outer + of_row[w + j + i];
     return;
   }
 #pragma unroll
