@@ -1,0 +1,247 @@
+"""What benchmarks/gpu_run.sh runs on a GPU: ``python -m benchmarks.gpu_probe WHAT [FILE]``.
+
+WHAT is one of
+
+    probe    every function of csrc/cuda/tile/ptx.cuh: the GPU's bits, the emulator's, and a formula's
+    tiny     small problems through every kernel, for compute-sanitizer
+    layers   one forward and backward of each profiled layer, between cudaProfilerStart and Stop, for ncu
+    metrics  what ncu is asked for
+    table    the CSV of ncu, FILE, readable
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import ctypes
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(1, str(ROOT / "tests"))
+
+import relpos_cuda  # noqa: E402
+from problems import TINY, draw, run  # noqa: E402
+from relpos_cuda import _libraries, _loader, _toolchain  # noqa: E402
+from simt import toolchain  # noqa: E402
+
+from .cases import CASES  # noqa: E402
+
+SOURCE = Path(__file__).with_name("probe.cu")
+HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+PROBES = {  # words per lane: in, out
+    "ldmatrix_x4": (4, 4),
+    "ldmatrix_x4_trans": (4, 4),
+    "ldmatrix_x2_trans": (4, 2),
+    "mma_m16n8k16 float16": (10, 4),
+    "mma_m16n8k16 bfloat16": (10, 4),
+    "load_stream": (4, 4),
+}
+DRAWS = 50
+POISON = 0x7FC0DEAD  # a NaN
+SANITIZED = ("ragged_5x13", "ragged_5x13_mma", "window_7x7", "two_class_tokens", "interpolated", "keys_fewer", "video")
+SANITIZED_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32))
+PROFILED = ("sam_b_global", "sam_b_windows")
+
+Probe = Callable[[str, Tensor], Tensor]  # name, words [32, in] -> words [32, out]
+
+# ---- probe
+
+
+def compile_for_gpu(library: Path, archs: Iterable[str]) -> None:
+    flags = ["-std=c++17", "-O3", *_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include)]
+    flags += [*_toolchain.gencode(tuple(archs)), "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    command = [str(_toolchain.nvcc().path), *flags, str(SOURCE), "-o", str(library)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def compile_for_emulator(library: Path) -> None:
+    flags = [*_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries._torch_inputs()]
+    toolchain.compile_library([SOURCE], library, extra=flags)
+
+
+def load(library: Path) -> Probe:
+    function = ctypes.CDLL(str(library)).probe
+    function.restype = ctypes.c_char_p
+
+    def probe(name: str, words: Tensor) -> Tensor:
+        out = torch.full((32, PROBES[name][1]), POISON, dtype=torch.int32)
+        words = words.contiguous()
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (words, out)]
+        complaint = function(name.encode(), pointers[0], words.numel(), pointers[1], out.numel())
+        if complaint:
+            raise RuntimeError(complaint.decode())
+        return out
+
+    return probe
+
+
+def operands(name: str, generator: torch.Generator) -> tuple[Tensor, ...]:
+    """Any bits for loads; for mma a [16, 16], b [16, 8] and d [16, 8], integers so small that all sums are exact."""
+    if not name.startswith("mma"):
+        return (torch.randint(-(2**31), 2**31, (32, PROBES[name][0]), generator=generator).int(),)
+    shapes = ((16, 16), (16, 8), (16, 8))
+    return tuple(torch.randint(-9, 10, shape, generator=generator) for shape in shapes)
+
+
+def words_of(name: str, given: tuple[Tensor, ...]) -> Tensor:
+    """[32, in]: what each lane gets."""
+    if len(given) == 1:
+        return given[0]
+    a, b, d = given
+    dtype = HALVES[name.split()[1]]
+    quarters = [a[i : i + 8, k : k + 8] for k in (0, 8) for i in (0, 8)]  # the PTX manual's order: down, then right
+    halves = [b[k : k + 8].mT for k in (0, 8)]
+    registers = [tile.reshape(32, 2).to(dtype).view(torch.int32) for tile in (*quarters, *halves)]
+    return torch.cat([*registers, *(tile.reshape(32, 2).float().view(torch.int32) for tile in (d[:8], d[8:]))], 1)
+
+
+def formula(name: str, given: tuple[Tensor, ...]) -> Tensor:
+    """[32, out], from the PTX manual: lane 4 i + j holds elements (i, 2 j) and (i, 2 j + 1) of an 8 x 8 tile."""
+    if len(given) == 3:
+        a, b, d = given
+        product = (a @ b + d).float()  # of integers
+        return torch.cat([tile.reshape(32, 2).view(torch.int32) for tile in (product[:8], product[8:])], 1)
+    if name == "load_stream":
+        return given[0]
+    tiles = given[0].view(torch.int16).view(4, 8, 8)[: PROBES[name][1]]
+    if name.endswith("_trans"):
+        tiles = tiles.mT
+    return tiles.reshape(-1, 32, 2).transpose(0, 1).contiguous().view(torch.int32).squeeze(-1)
+
+
+def wrong_words(probe: Probe, name: str, draws: int = DRAWS) -> int:
+    """Words of all draws that are not the formula's."""
+    generator = torch.Generator().manual_seed(0)
+    every = [operands(name, generator) for _ in range(draws)]
+    return sum(int((probe(name, words_of(name, given)) != formula(name, given)).sum()) for given in every)
+
+
+def compare() -> int:
+    """GPU and emulator, each against the formula; 1 if a bit differs or one of them cannot be asked."""
+    failed = False
+    compilers = {"emulator": compile_for_emulator, "gpu": lambda library: compile_for_gpu(library, _toolchain.archs())}
+    for who, compile_to in compilers.items():
+        if who == "emulator" and (reason := toolchain.missing()):
+            print(f"{who:9} not compiled: {reason}")
+            failed = True
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                library = Path(folder, f"{who}.so")
+                compile_to(library)
+                probe = load(library)
+            except (RuntimeError, OSError) as error:
+                print(f"{who:9} not compiled: {error}")
+                failed = True
+                continue
+        for name in PROBES:
+            try:
+                wrong = wrong_words(probe, name)
+                said = f"{wrong} of {DRAWS * 32 * PROBES[name][1]} words are wrong"
+            except RuntimeError as error:
+                wrong, said = 1, str(error)
+            failed |= wrong > 0
+            print(f"{who:9} {name:22} {said}", flush=True)
+    print("FAILED" if failed else "gpu and emulator agree with the formula, and so with each other, in every bit")
+    return int(failed)
+
+
+# ---- tiny, layers
+
+
+def require_kernels() -> None:
+    if not (torch.cuda.is_available() and _loader.load("cuda")):
+        raise SystemExit(f"no CUDA kernels: {_loader.status()['cuda']}")
+
+
+def tiny() -> int:
+    require_kernels()
+    for problem in (p for p in TINY if p.name in SANITIZED):
+        for dtype, attn_dtype in SANITIZED_DTYPES:  # of q, of the logits
+            inputs = draw(problem, dtype, attn_dtype)
+            got = run(relpos_cuda.add_decomposed_rel_pos, problem, inputs, dtype, "cuda", attn_dtype)
+            torch.cuda.synchronize()
+            if not all(t.isfinite().all() for t in (x.cpu() for x in got)):
+                raise SystemExit(f"{problem}, {dtype}: a result is not finite")
+        print(problem, flush=True)
+    return 0
+
+
+def layers() -> int:
+    from .logits import peers_of
+
+    require_kernels()
+    for name in PROFILED:
+        ours = peers_of(CASES[name], torch.bfloat16, "cuda", compiled=False)["forward + backward: ours, in place"]
+        ours()  # compiles, loads, allocates
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        ours()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
+        print(f"{CASES[name]}, bfloat16, forward and backward", flush=True)
+    return 0
+
+
+# ---- table
+
+COLUMNS = {
+    "ID": "id",
+    "gpu__time_duration.sum": "time",
+    "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM",
+    "dram__bytes_read.sum": "read",
+    "dram__bytes_write.sum": "written",
+    "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM",
+    "launch__registers_per_thread": "registers",
+    "launch__shared_mem_per_block_dynamic": "shared",
+    "sm__maximum_warps_per_active_cycle_pct": "occupancy",
+    "sm__warps_active.avg.pct_of_peak_sustained_active": "achieved",
+    "Grid Size": "grid",
+    "Block Size": "block",
+    "Kernel Name": "kernel",
+}
+METRICS = [name for name in COLUMNS if "__" in name]
+
+
+def table_of(text: str) -> str:
+    """One line per launch of ``ncu --csv --page raw``; the second line of the CSV has the units."""
+    lines = [line for line in text.splitlines() if line.startswith('"')]
+    rows = list(csv.DictReader(lines))
+    if len(rows) < 2:
+        return "no kernel was profiled"
+    units, *launches = rows
+    names = [name for name in COLUMNS if name in units]
+    table = [[COLUMNS[name] for name in names], [units[name] for name in names]]
+    table += [[row[name] or "" for name in names] for row in launches]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["probe", "tiny", "layers", "table", "metrics"])
+    parser.add_argument("file", nargs="?", type=Path)
+    options = parser.parse_args()
+    if options.what == "metrics":
+        print(",".join(METRICS))
+        return 0
+    if options.what == "table":
+        if options.file is None or not options.file.is_file():
+            parser.error("table needs the CSV of ncu")
+        text = table_of(options.file.read_text(errors="replace"))
+        print(text)
+        return int(text == "no kernel was profiled")
+    return {"probe": compare, "tiny": tiny, "layers": layers}[options.what]()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,191 @@
+"""benchmarks/gpu_run.sh and its probe, as far as they go without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu_probe
+from relpos_cuda import _toolchain
+from simt import toolchain
+from test_install import no_nvcc
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
+STEPS = ["info", "build", "probe", "tests", "sanitize", "bench", "profile"]
+NO_GPU = "#!/bin/sh\necho No devices were found\nexit 6\n"
+ONE_GPU = """#!/bin/sh
+case "$*" in *name,driver_version*) echo "NVIDIA Pretend 9000 (rev. 2), 999.01" ;; *) echo "pretend smi" ;; esac
+"""
+
+needs_emulator = pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))
+each_probe = pytest.mark.parametrize("name", gpu_probe.PROBES)
+
+# ---- the script
+
+
+def script(*arguments: str, smi: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """From another folder, with an nvidia-smi of our own."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    (tools / "nvidia-smi").write_text(smi)
+    (tools / "nvidia-smi").chmod(0o755)
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    kept = {k: v for k, v in os.environ.items() if k not in ("OUT", "BUDGET", "COMMIT")}
+    variables = {"PATH": path, "PYTHON": sys.executable, "OUT": str(folder / "out"), **variables}
+    return subprocess.run(
+        [str(SCRIPT), *arguments], cwd=folder, env={**kept, **variables}, capture_output=True, text=True
+    )
+
+
+def test_syntax():
+    assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="no shellcheck")
+def test_shellcheck():
+    done = subprocess.run(["shellcheck", SCRIPT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_without_a_gpu_one_line_and_nothing_else(tmp_path: Path):
+    done = script(smi=NO_GPU, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "no NVIDIA GPU: nvidia-smi is missing or shows none; nothing was run\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_steps_are_listed_and_explained(tmp_path: Path):
+    done = script("--list", smi=NO_GPU, folder=tmp_path)
+    assert done.returncode == 0 and [line.split()[0] for line in done.stdout.splitlines()] == STEPS
+    done = script("--help", smi=NO_GPU, folder=tmp_path)
+    assert done.returncode == 0 and re.findall(r"^    (\w+)  ", done.stdout, re.M) == STEPS
+
+
+def test_an_unknown_step_is_refused_before_anything_runs(tmp_path: Path):
+    done = script("info", "fly", smi=ONE_GPU, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"no step is called 'fly'; there are: {' '.join(STEPS)}\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_tests_left_out_exist():
+    names = re.search(r'^CPU_TESTS="(.*)"', SCRIPT.read_text(), re.M)[1].split()
+    assert [n for n in names if not (ROOT / "tests" / f"test_{n}.py").is_file()] == []
+
+
+def test_a_failing_step_stops_nothing_and_is_in_the_summary(tmp_path: Path):
+    broken = tmp_path / "tools" / "compute-sanitizer"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\necho broken on purpose\nexit 9\n")
+    broken.chmod(0o755)
+    done = script("sanitize", "info", smi=ONE_GPU, folder=tmp_path, COMMIT="abc1234")
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert done.returncode == 1, done.stdout + done.stderr
+    about = {key: summary[key] for key in ("commit", "device", "driver", "torch")}
+    assert about == {
+        "commit": "abc1234",
+        "device": "NVIDIA Pretend 9000 (rev. 2)",
+        "driver": "999.01",
+        "torch": torch.__version__,
+    }
+    assert [(row["step"], row["exit"]) for row in summary["steps"]] == [("info", 0), ("sanitize", 9)]
+    log = (out / "log.txt").read_text()
+    assert "pretend smi" in log and "plan of the logits kernels" in log and log.count("broken on purpose") == 3
+    assert log.strip() in done.stdout, "shown as it happens"
+    assert {f.name for f in out.iterdir()} == {"log.txt", "summary.json"}
+
+
+def test_a_spent_budget_is_said_and_earlier_rows_stay(tmp_path: Path):
+    for budget, steps in (("100", ["info"]), ("0", ["probe", "bench"])):
+        done = script(*steps, smi=ONE_GPU, folder=tmp_path, COMMIT="abc1234", BUDGET=budget)
+    rows = json.loads((tmp_path / "out" / "summary.json").read_text())["steps"]
+    assert [(row["step"], row["exit"], row["timed_out"]) for row in rows] == [
+        ("info", 0, False),
+        ("probe", 124, True),
+        ("bench", 124, True),
+    ]
+    assert done.returncode == 1 and done.stdout.count("not run: BUDGET is spent") == 2
+
+
+# ---- the probe
+
+
+def test_every_function_of_ptx_has_a_probe():
+    text = (ROOT / "csrc" / "cuda" / "tile" / "ptx.cuh").read_text()
+    functions = set(re.findall(r"__forceinline__ \w+ (\w+)(?:<\w+>)?\(", text))
+    assert functions == {name.split()[0] for name in gpu_probe.PROBES}
+    specialised = set(re.findall(r"mma_m16n8k16<(\w+)>", text))
+    assert len(specialised) == sum(name.startswith("mma") for name in gpu_probe.PROBES)
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory: pytest.TempPathFactory) -> gpu_probe.Probe:
+    library = tmp_path_factory.mktemp("probe") / "emulated.so"
+    gpu_probe.compile_for_emulator(library)
+    return gpu_probe.load(library)
+
+
+@needs_emulator
+@each_probe
+def test_the_emulator_computes_the_formula(emulated: gpu_probe.Probe, name: str):
+    assert gpu_probe.wrong_words(emulated, name) == 0
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", gpu_probe.HALVES)
+def test_mma_is_an_integer_product(emulated: gpu_probe.Probe, dtype: str):
+    name = f"mma_m16n8k16 {dtype}"
+    a, b, d = gpu_probe.operands(name, torch.Generator().manual_seed(1))
+    words = emulated(name, gpu_probe.words_of(name, (a, b, d))).view(torch.float32)
+    want = [[d[i, j].item() + sum(int(a[i, k]) * int(b[k, j]) for k in range(16)) for j in range(8)] for i in range(16)]
+    got = [[words[i % 8 * 4 + j // 2, i // 8 * 2 + j % 2].item() for j in range(8)] for i in range(16)]
+    assert got == want
+
+
+def test_a_wrong_bit_is_counted():
+    def off_by_one_bit(name: str, words: torch.Tensor) -> torch.Tensor:
+        return words ^ (torch.arange(32)[:, None] == 5).int()
+
+    assert gpu_probe.wrong_words(off_by_one_bit, "load_stream", draws=3) == 3 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
+def test_the_probe_compiles_for_gpus(tmp_path: Path):
+    library = tmp_path / "gpu.so"
+    gpu_probe.compile_for_gpu(library, ("80", "90a"))
+    assert {b"sm_80", b"sm_90a"} <= set(re.findall(rb"sm_\d+a?", library.read_bytes()))
+    if _toolchain.visible_capabilities():
+        return  # the script's probe step asks it
+    with pytest.raises(RuntimeError, match="CUDA driver|no CUDA-capable device"):
+        gpu_probe.load(library)("load_stream", torch.zeros(32, 4, dtype=torch.int32))
+
+
+# ---- sanitize, profile
+
+
+def test_sanitized_problems_exist():
+    assert {p.name for p in gpu_probe.TINY} >= set(gpu_probe.SANITIZED)
+
+
+def test_the_csv_of_ncu_becomes_a_table():
+    csv = (
+        '==PROF== Connected\n"ID","Kernel Name","Grid Size","gpu__time_duration.sum","launch__registers_per_thread"\n'
+        '"","","","us","register/thread"\n"0","logits_fwd_kernel","(64, 1, 1)","12.5","80"\n'
+    )
+    assert gpu_probe.table_of(csv).splitlines() == [
+        "id  time  registers        grid        kernel",
+        "    us    register/thread",
+        "0   12.5  80               (64, 1, 1)  logits_fwd_kernel",
+    ]
+    assert gpu_probe.table_of("==ERROR== no permission\n") == "no kernel was profiled"
