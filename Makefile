@@ -1,7 +1,8 @@
 # make venv    everything below, installed into .venv        make bench    measure
 # make build   compile the native libraries                 make format   lay out Python, C++ and CUDA
 # make test    run the tests                                make lint     check layout, style and types
-# make demo    segment a picture                            make clean    remove what these made
+# make demo    a SAM encoder on a photograph                make clean    remove what these made
+# make canaries  plant bugs in the kernels, see the tests notice
 #
 # Needs python3, g++ and make; nvcc too, to compile the CUDA kernels.
 
@@ -17,7 +18,7 @@ PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
-.PHONY: venv build test demo bench format lint clean
+.PHONY: venv build test canaries demo bench format lint clean
 
 # A PyTorch that python3 has already, as on most machines with a GPU, is used and not fetched again.
 $(BIN)/has-torch:
@@ -40,6 +41,10 @@ build: venv
 # Both run, whichever fails; the tests' summary is the last thing printed.
 test: venv
 	@$(PY) -m ruff check; ruff=$$?; $(PY) -m pytest --durations=15 $(ARGS) && exit $$ruff
+
+# Bugs planted in the CUDA kernels, one at a time, that the emulated tests must notice.
+canaries: venv
+	$(PY) -m pytest -m canary tests/test_canaries.py
 
 demo: venv
 	$(PY) -m relpos_cuda demo $(ARGS)
