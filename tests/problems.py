@@ -67,6 +67,7 @@ TINY = [
     same("ragged_5x13", 5, 13, 14, batch=2, heads=3),
     same("ragged_5x13_mma", 5, 13, 48, batch=2),
     same("row_1x7", 1, 7, 32),
+    same("many_groups", 4, 4, 8, batch=8, heads=8),
     same("column_7x1", 7, 1, 8, batch=2),
     same("point_1x1", 1, 1, 16, batch=2),
     same("lanes_8x8", 8, 8, 64, batch=2),

@@ -66,6 +66,18 @@ def test_random_problems(seed: int, device: str):
     compare(random_problem(seed), [torch.float32, *HALVES][seed % 3], device, inplace=seed % 2 == 1)
 
 
+def test_table_gradients_of_half_queries_are_as_good_as_float32(device: str):
+    """float32 logits, float16 queries: the gradient of the factors must not be rounded to float16 on its way."""
+    problem = same("precise", 6, 8, 32, batch=2)
+    inputs = draw(problem, torch.float16, torch.float32)
+    exact, rival = (run(eager, problem, inputs, dtype)[3:] for dtype in (torch.float64, torch.float32))
+    attn, q, *tables = inputs.leaves(torch.float32, device)
+    out = call(ours, problem, attn, q.half(), tables)
+    got = torch.autograd.grad(out, tables, inputs.grad.to(device, torch.float32))
+    for name, g, r, e in zip(NAMES[3:], got, rival, exact, strict=False):
+        assert_close_as_eager(g, r, e, name)
+
+
 @pytest.mark.parametrize("problem", [TINY[0], TINY[5], TINY[14], TINY[20]], ids=str)
 def test_in_place_equals_out_of_place(problem: Problem, device: str):
     inputs = draw(problem, torch.float32)
