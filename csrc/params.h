@@ -49,7 +49,7 @@ struct LogitsBwdParams : LogitsParams {
   void* dq = nullptr;          // [rows, D] or null
   float* dfactors = nullptr;   // [rows, factors] or null
   int line_lanes_log2 = -1;    // lanes that load one image row of keys, if a lane always meets the same columns
-  FastDiv by_quads;  // of elements in a row of dq
+  FastDiv by_quads;            // of elements in a row of dq
 };
 
 struct TableGradParams {

@@ -125,11 +125,10 @@ void load_queries(const Problem<C>& p, const Tile& t, C* q) {
 
 template <typename C>
 Buffer<C> load_table(const Problem<C>& p, const Tensor& table) {
-  const Dtype dtype = dtype_of("table", table);
   Buffer<C> all(p.shape.table_rows() * p.d_padded);
   const char* src = static_cast<const char*>(table.const_data_ptr());
   for (int64_t r = 0; r < p.shape.table_rows(); ++r)
-    p.run.load(all.get() + r * p.d_padded, src + r * p.shape.D * bytes_of(dtype), dtype, p.shape.D);
+    p.run.load(all.get() + r * p.d_padded, src + r * p.shape.D * bytes_of(p.q_dtype), p.q_dtype, p.shape.D);
   return all;
 }
 

@@ -1,8 +1,6 @@
 // logits.cu - the logits ops on the GPU: check, fill params, plan, launch.
 #include <torch/csrc/stable/library.h>
 
-#include <type_traits>
-
 #include "../checks.h"
 #include "../plan.h"
 #include "dispatch.h"
