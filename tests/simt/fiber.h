@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <new>
 
+#include "race_detector.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
@@ -18,6 +20,8 @@ namespace simt {
 
 class Fiber {
  public:
+  Identity identity;
+
   Fiber() : started_(true) {}  // stands for the thread of the operating system that starts others
 
   explicit Fiber(void (*body)()) : owns_stack_(true) {
@@ -46,8 +50,11 @@ class Fiber {
   // Goes on in `to`, and returns when something switches back to `this`, the running fiber.
   __attribute__((noinline)) void switch_to(Fiber& to) {
     if (this == &to) return;
+#ifdef SIMT_TSAN
+    Identity::become(to.identity.generic);
+#endif
 #ifdef __SANITIZE_ADDRESS__
-    if (!owns_stack_) find_stack();
+    if (stack_ == nullptr) find_stack();
     __sanitizer_start_switch_fiber(&fake_stack_, to.stack_, to.bytes_);
 #endif
     if (__builtin_setjmp(resume_) == 0) to.jump();

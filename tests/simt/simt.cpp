@@ -10,15 +10,20 @@
 //   * a write just outside shared memory; an asynchronous copy nobody waited for.
 //
 // A thread that has exited counts as arrived, as on the hardware since sm_70.
+//
+// Under ThreadSanitizer (SIMT_TSAN) every CUDA thread of every block is a thread to it, and only barriers order their
+// memory. This file is compiled without its instrumentation: the shim's own books neither race nor order anything.
 #include "simt.h"
 
 #include <algorithm>
+#include <array>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <random>
 #include <string>
 #include <utility>
@@ -26,18 +31,13 @@
 
 #include "fiber.h"
 #include "guarded_memory.h"
+#include "race_detector.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace simt {
 namespace {
-
-struct Copy {
-  unsigned char* dst;
-  const unsigned char* src;  // null: zeros
-  int group;
-};
 
 struct Thread : Fiber {  // its fiber serves one block after the other
   using Fiber::Fiber;
@@ -54,12 +54,13 @@ struct Gate {  // those who wait for the same thing
   std::vector<Thread*> waiting;
   const Op* op = nullptr;
   Site site{};
+  int turn = 0;  // a fast thread may come to the next turn while a slow one still leaves the last
+  Order order[2];
 };
 
 struct Group {  // the lanes of one mask
   unsigned mask;
   Gate gate{};
-  int turn = 0;  // a fast lane may fill the next turn while a slow one still reads the last
   unsigned present[2]{};
   Slot slots[2][warpSize]{};
 };
@@ -72,18 +73,24 @@ struct Warp {
 // The launch.
 const std::function<void()>* thread_body;
 enum { kFifo, kLifo, kRandom } schedule;
-bool copies_early;
+bool copies_early, async_proxy;
 std::mt19937 rng;
 Stats counts;
 
 // The block.
+struct Crew {  // whoever takes a block; two that take turns are strangers to a race detector
+  std::deque<Thread> threads;
+  std::optional<GuardedMemory> memory;
+  Order order;  // of its blocks, one after the other
+};
+constexpr unsigned kCrews = kDetectsRaces ? 2 : 1;
+std::array<Crew, kCrews> crews;
+Crew* crew = &crews[0];
 Thread host, *self = &host;
-std::deque<Thread> pool;
 std::deque<Thread*> ready;
 std::deque<Warp> warps;
 Gate block_gate;
 unsigned live;  // threads that have not exited
-GuardedMemory* shared;
 std::string error;
 
 // ---- messages
@@ -118,7 +125,7 @@ void switch_to(Thread& to) {
 
 [[noreturn]] void report_deadlock() {
   std::map<std::string, std::vector<unsigned>> waiting;
-  for (const Thread& t : pool)
+  for (const Thread& t : crew->threads)
     if (!t.done) waiting[t.waits_in->name + (" at " + where(t.waits_at))].push_back(t.index);
   const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
   std::string message = text("deadlock in block (%u, %u, %u), %u of %u threads have exited", blockIdx.x, blockIdx.y,
@@ -152,23 +159,30 @@ void join(Gate& gate, const Op& op, const Site& site) {
   }
   gate.waiting.push_back(self);
   self->waits_in = &op, self->waits_at = site;
+  if (op.orders_memory) gate.order[gate.turn].release(self->identity);
+}
+
+// The caller has joined; `turn` is the gate's when it did.
+void wait(Gate& gate, int turn, const Op& op) {
+  switch_to(next_thread());
+  if (op.orders_memory) gate.order[turn].acquire(self->identity);
 }
 
 void open(Gate& gate) {
   ++(counts.*gate.op->counter);
   ready.insert(ready.end(), gate.waiting.begin(), gate.waiting.end());
   gate.waiting.clear();
+  gate.turn ^= 1;
 }
 
 void open_if_complete(Group& group, const Warp& warp) {
-  const unsigned present = group.present[group.turn];
+  const unsigned present = group.present[group.gate.turn];
   if (group.gate.waiting.empty() || present != (group.mask & warp.live)) return;
   if (group.gate.op->whole_warp && present != ~0u)
     stop(text("%s: %s by lanes %08x; it needs the whole warp", where(group.gate.site).c_str(), group.gate.op->name,
               present));
   open(group.gate);
-  group.turn ^= 1;
-  group.present[group.turn] = 0;
+  group.present[group.gate.turn] = 0;
 }
 
 void open_block_gate_if_complete() {
@@ -181,6 +195,7 @@ void exit_thread() {
   if (!self->copies.empty()) stop(text("thread %u exits before its asynchronous copies have arrived", self->index));
   Warp& warp = warps[self->index / warpSize];
   self->done = true;
+  crew->order.release(self->identity);
   warp.live &= ~(1u << self->index % warpSize);
   --live;
   for (Group& group : warp.groups) open_if_complete(group, warp);
@@ -191,21 +206,28 @@ void thread_main() {
   self->arrived();
   threadIdx = self->coordinates;
   for (;;) {  // once per block
+    crew->order.acquire(self->identity);
     (*thread_body)();
-    exit_thread();
-    switch_to(next_thread());
+    Thread* next = nullptr;
+    {
+      const Unobserved books;
+      exit_thread();
+      next = &next_thread();
+    }
+    switch_to(*next);
   }
 }
 
 void run_block(unsigned threads) {
-  while (pool.size() < threads) {
-    const auto index = static_cast<unsigned>(pool.size());
-    pool.emplace_back(thread_main).index = index;
+  while (crew->threads.size() < threads) {
+    Thread& t = crew->threads.emplace_back(thread_main);
+    t.index = static_cast<unsigned>(crew->threads.size() - 1);
+    t.identity = new_identity(async_proxy);
   }
   live = threads;
-  block_gate.waiting.clear();
-  warps.assign((threads + warpSize - 1) / warpSize, Warp{});
-  for (Thread& t : pool) {
+  block_gate = Gate{};
+  warps.clear(), warps.resize((threads + warpSize - 1) / warpSize);
+  for (Thread& t : crew->threads) {
     t.done = t.index >= threads, t.groups = 0;
     if (t.done) continue;
     const unsigned row = t.index / blockDim.x;
@@ -215,7 +237,7 @@ void run_block(unsigned threads) {
   }
   switch_to(next_thread());
   if (error.empty()) return;
-  ready.clear(), pool.clear();  // its fibers stand in the middle of a kernel
+  ready.clear(), crew->threads.clear();  // its fibers stand in the middle of a kernel
   throw Error(std::exchange(error, {}));
 }
 
@@ -224,22 +246,21 @@ void read_environment() {
     const char* v = std::getenv(name);
     return std::string(v ? v : otherwise);
   };
-  const std::string s = value("SIMT_SCHED", "fifo"), c = value("SIMT_ASYNC", "late");
+  const std::string s = value("SIMT_SCHED", "fifo"), c = value("SIMT_ASYNC", "late"), p = value("SIMT_PROXY", "0");
   if (s != "fifo" && s != "lifo" && s != "random") stop("SIMT_SCHED: fifo, lifo or random");
   if (c != "late" && c != "early") stop("SIMT_ASYNC: late or early");
+  if (p != "0" && p != "1") stop("SIMT_PROXY: 0 or 1");
   schedule = s == "lifo" ? kLifo : s == "random" ? kRandom : kFifo;
-  copies_early = c == "early";
+  copies_early = c == "early", async_proxy = p == "1";
   rng.seed(static_cast<unsigned>(std::atoi(value("SIMT_SEED", "0").c_str())));
 }
-
-void copy_16(const Copy& c) { c.src ? std::memcpy(c.dst, c.src, 16) : std::memset(c.dst, 0, 16); }
 
 }  // namespace
 
 // ---- what simt.h declares
 
 const Stats& stats() { return counts; }
-unsigned char* shared_memory() { return shared->begin(); }
+unsigned char* shared_memory() { return crew->memory->begin(); }
 
 void fail(const Site& site, const char* format, ...) {
   va_list args;
@@ -257,47 +278,58 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
       threads < 1 || threads > 1024 || block.z > 64 || shared_bytes > 227 * 1024)
     stop(text("launch refused: grid (%u, %u, %u), block (%u, %u, %u), %zu bytes shared", grid.x, grid.y, grid.z,
               block.x, block.y, block.z, shared_bytes));
+  const Unobserved books;
   read_environment();
   counts = {};
   thread_body = &thread, blockDim = block, gridDim = grid;
-  GuardedMemory memory(shared_bytes);
-  shared = &memory;
+  host.identity = host_identity();
+  for (Crew& c : crews) {
+    c.memory.emplace(shared_bytes);
+    c.order = Order();
+    c.order.release(host.identity);
+  }
+  unsigned number = 0;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
     for (blockIdx.y = 0; blockIdx.y < grid.y; ++blockIdx.y)
       for (blockIdx.x = 0; blockIdx.x < grid.x; ++blockIdx.x) {
-        memory.poison();
+        crew = &crews[number++ % kCrews];
+        crew->memory->poison();
         run_block(static_cast<unsigned>(threads));
-        if (const auto byte = memory.overrun())
+        if (const auto byte = crew->memory->overrun())
           stop(text("block (%u, %u, %u) wrote byte %td of its %zu bytes of shared memory", blockIdx.x, blockIdx.y,
                     blockIdx.z, *byte, shared_bytes));
       }
+  for (Crew& c : crews) c.order.acquire(host.identity);
 }
 
 void block_barrier(const Site& site) {
+  const Unobserved books;
+  const int turn = block_gate.turn;
   join(block_gate, kSyncthreads, site);
   open_block_gate_if_complete();
-  switch_to(next_thread());
+  wait(block_gate, turn, kSyncthreads);
 }
 
 Gathered warp_op(const Op& op, unsigned mask, const void* mine, size_t bytes, const Site& site) {
+  const Unobserved books;
   const unsigned lane = self->index % warpSize;
   if (!(mask >> lane & 1)) fail(site, "%s by lane %u, which mask %08x lacks", op.name, lane, mask);
   Warp& warp = warps[self->index / warpSize];
   const auto found =
       std::find_if(warp.groups.begin(), warp.groups.end(), [&](const Group& g) { return g.mask == mask; });
   Group& group = found != warp.groups.end() ? *found : warp.groups.emplace_back(Group{mask});
-  const int turn = group.turn;
+  const int turn = group.gate.turn;
   join(group.gate, op, site);
   if (bytes > 0) std::memcpy(group.slots[turn][lane].bytes, mine, bytes);
   group.present[turn] |= 1u << lane;
   open_if_complete(group, warp);
-  switch_to(next_thread());
+  wait(group.gate, turn, op);
   return {group.slots[turn], group.present[turn]};
 }
 
 void check_shared_row(const void* row, const char* what, const Site& site) {
-  const ptrdiff_t at = static_cast<const unsigned char*>(row) - shared->begin();
-  const size_t size = shared->size();
+  const ptrdiff_t at = static_cast<const unsigned char*>(row) - crew->memory->begin();
+  const size_t size = crew->memory->size();
   if (at < 0 || at + 16 > static_cast<ptrdiff_t>(size))
     fail(site, "%s: byte %td is outside the %zu bytes of shared memory", what, at, size);
   if (at % 16 != 0) fail(site, "%s: byte %td of shared memory is not 16-byte aligned", what, at);
@@ -312,21 +344,24 @@ void count_conflicts(const Gathered& rows, int matrices) {  // 8 rows, 8 columns
   }
 }
 
-void copy_async(void* dst, const void* src, bool pred, const Site& site) {
+bool start_copy(const void* dst, const void* src, const Site& site) {
+  const Unobserved books;
   check_shared_row(dst, "cp.async", site);
-  if (pred && reinterpret_cast<uintptr_t>(src) % 16 != 0) fail(site, "cp.async: the source is not 16-byte aligned");
+  if (reinterpret_cast<uintptr_t>(src) % 16 != 0) fail(site, "cp.async: the source is not 16-byte aligned");
   ++counts.cp_async;
-  const Copy copy{static_cast<unsigned char*>(dst), pred ? static_cast<const unsigned char*>(src) : nullptr,
-                  self->groups};
-  copies_early ? copy_16(copy) : self->copies.push_back(copy);
+  if (!copies_early) self->copies.push_back({const_cast<void*>(dst), src, self->groups});
+  return copies_early;
 }
 
 void copy_commit() { ++self->groups; }
 
-void copy_wait(int groups_left) {
+bool next_copy(int groups_left, Copy& copy) {
+  const Unobserved books;
   std::deque<Copy>& copies = self->copies;
-  for (; !copies.empty() && copies.front().group < self->groups - groups_left; copies.pop_front())
-    copy_16(copies.front());
+  if (copies.empty() || copies.front().group >= self->groups - groups_left) return false;
+  copy = copies.front();
+  copies.pop_front();
+  return true;
 }
 
 }  // namespace simt

@@ -14,8 +14,10 @@
 // cp.async delivers at the wait (SIMT_ASYNC=late, the default) or at once (early).
 // What CUDA leaves undefined, and the shim can see, throws simt::Error: see simt.cpp.
 //
-// Not modelled: the order of memory operations inside a warp (a warp op also orders memory here),
-// and the rounding inside mma (here: exact products and sum, one rounding).
+// Built with a sanitizer (toolchain.py), the same run also reports what a GPU would not: ThreadSanitizer every pair of
+// accesses that no barrier orders (of a warp's ops only __syncwarp does), AddressSanitizer every access outside a tensor.
+//
+// Not modelled: the rounding inside mma (here: exact products and sum, one rounding).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -74,14 +76,15 @@ const Stats& stats();
 struct Op {
   const char* name;
   long Stats::* counter;
-  bool whole_warp;  // the .sync.aligned instructions
+  bool whole_warp = false;  // the .sync.aligned instructions
+  bool orders_memory = false;
 };
 inline constexpr Op kMma{"mma", &Stats::mma, true};
 inline constexpr Op kLdmatrix{"ldmatrix", &Stats::ldmatrix, true};
-inline constexpr Op kShuffle{"shuffle", &Stats::shuffles, false};
-inline constexpr Op kVote{"vote", &Stats::votes, false};
-inline constexpr Op kSyncwarp{"__syncwarp", &Stats::warp_barriers, false};
-inline constexpr Op kSyncthreads{"__syncthreads", &Stats::block_barriers, false};
+inline constexpr Op kShuffle{"shuffle", &Stats::shuffles};
+inline constexpr Op kVote{"vote", &Stats::votes};
+inline constexpr Op kSyncwarp{"__syncwarp", &Stats::warp_barriers, false, true};
+inline constexpr Op kSyncthreads{"__syncthreads", &Stats::block_barriers, false, true};
 
 // What each lane of a warp brought to a warp op.
 struct alignas(16) Slot {
@@ -97,12 +100,19 @@ struct Gathered {
   }
 };
 
+// 16 bytes on their way to shared memory.
+struct Copy {
+  void* dst;
+  const void* src;  // null: zeros
+  int group;
+};
+
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 void block_barrier(const Site& site);
 Gathered warp_op(const Op& op, unsigned mask, const void* mine, size_t bytes, const Site& site);
-void copy_async(void* dst, const void* src, bool pred, const Site& site);
+bool start_copy(const void* dst, const void* src, const Site& site);  // whether it is to arrive at once
 void copy_commit();
-void copy_wait(int groups_left);
+bool next_copy(int groups_left, Copy& copy);  // one that must have arrived when that many groups are under way
 void check_shared_row(const void* row, const char* what, const Site& site);
 void count_conflicts(const Gathered& rows, int matrices);
 unsigned char* shared_memory();
@@ -134,6 +144,10 @@ T shuffle(unsigned mask, T value, int source, int width, const Site& site) {
   if (!(warp.present >> source & 1))
     fail(site, "shuffle reads lane %d, which does not take part (mask %08x)", source, mask);
   return warp.at<T>(source);
+}
+
+inline void arrive(const Copy& copy) {
+  *static_cast<uint4*>(copy.dst) = copy.src ? *static_cast<const uint4*>(copy.src) : uint4{};
 }
 
 inline float to_float(__half x) { return __half2float(x); }
@@ -279,12 +293,12 @@ inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, simt::Site at =
 }
 
 inline void cp_async_16(void* dst, const void* src, bool pred, simt::Site site = simt::Site::current()) {
-  simt::copy_async(dst, src, pred, site);
+  if (simt::start_copy(dst, pred ? src : nullptr, site)) simt::arrive({dst, pred ? src : nullptr, 0});
 }
 inline void cp_async_commit() { simt::copy_commit(); }
 template <int N>
 void cp_async_wait() {
-  simt::copy_wait(N);
+  for (simt::Copy copy; simt::next_copy(N, copy);) simt::arrive(copy);
 }
 
 }  // namespace relpos

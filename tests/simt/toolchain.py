@@ -6,7 +6,11 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -14,11 +18,47 @@ HERE = Path(__file__).parent
 # Shared memory holds many types in turn, so type-based alias analysis would be wrong.
 FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 # A GPU faults on a misaligned vector; a CPU does not mind, so the compiler checks every access.
-FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=alignment"]
+FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
+
+
+@dataclass(frozen=True)
+class Sanitizer:
+    """What kernels are compiled with. A process that loads them must be started with `environment`."""
+
+    flags: tuple[str, ...] = ()
+    shim_flags: tuple[str, ...] = ()  # of the shim's own code
+    runtimes: tuple[str, ...] = ()  # that must be loaded before all else
+    options: tuple[tuple[str, str], ...] = ()
+
+    @cached_property
+    def environment(self) -> dict[str, str]:
+        if not self.runtimes:
+            return {}
+        found = [_ask_compiler(f"-print-file-name={name}") for name in self.runtimes]
+        return {"LD_PRELOAD": " ".join(found), **dict(self.options)}
+
+
+PLAIN = Sanitizer()
+ADDRESS = Sanitizer(  # and undefined behaviour
+    flags=("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"),
+    shim_flags=("-fsanitize=address",),
+    runtimes=("libasan.so", "libstdc++.so"),  # the latter for exceptions, which the former intercepts
+    options=(("ASAN_OPTIONS", "detect_leaks=0"), ("UBSAN_OPTIONS", "print_stacktrace=1")),
+)
+THREAD = Sanitizer(
+    flags=("-O1", "-fno-omit-frame-pointer", "-fsanitize=thread", "-DSIMT_TSAN"),
+    shim_flags=("-DSIMT_TSAN",),
+    runtimes=("libtsan.so",),
+    options=(("TSAN_OPTIONS", "halt_on_error=1 ignore_noninstrumented_modules=1"), ("SIMT_ASYNC", "early")),
+)
 
 
 def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def _ask_compiler(question: str) -> str:
+    return subprocess.run([str(compiler()), question], check=True, capture_output=True, text=True).stdout.strip()
 
 
 def cuda_include() -> Path | None:
@@ -39,13 +79,31 @@ def missing() -> str | None:
     return None if cuda_include() else "no CUDA headers (cuda_fp16.h): set CUDA_HOME"
 
 
-def compile_library(sources: Iterable[Path], library: Path, extra: Iterable[str] = (), shim: Path = HERE) -> Path:
+def compile_library(
+    sources: Iterable[Path],
+    library: Path,
+    extra: Iterable[str] = (),
+    shim: Path = HERE,
+    sanitizer: Sanitizer = PLAIN,
+) -> Path:
     """Builds one shared library out of kernel sources and the shim, or a copy of it."""
     include = ["-DRELPOS_EMULATE", f"-I{shim}", "-isystem", str(cuda_include())]
-    inputs = [str(s) for s in (*sources, shim / "simt.cpp")]
-    command = [compiler(), *FLAGS, *include, "-shared", "-Wl,-Bsymbolic", "-x", "c++", *inputs]
-    command += ["-x", "none", *extra, "-o", str(library)]
+    units = [(source, sanitizer.flags) for source in sources] + [(shim / "simt.cpp", sanitizer.shim_flags)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        objects = [str(Path(folder, f"{i}.o")) for i in range(len(units))]
+
+        def compile_unit(unit: tuple[Path, tuple[str, ...]], output: str) -> None:
+            source, flags = unit
+            _run(*FLAGS, *flags, *include, *extra, "-x", "c++", "-c", str(source), "-o", output)
+
+        list(pool.map(compile_unit, units, objects))
+        link = ["-shared", "-Wl,-Bsymbolic", *(f for f in sanitizer.flags if f.startswith("-fsanitize"))]
+        _run(*FLAGS, *link, *objects, *extra, "-o", str(library))
+    return library
+
+
+def _run(*arguments: str) -> None:
+    command = [str(compiler()), *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return library

@@ -1,0 +1,86 @@
+// race_detector.h - what ThreadSanitizer is told about CUDA threads. Without SIMT_TSAN all of it is empty.
+//
+// Every CUDA thread is a thread of its own to it, and those of a block are ordered by barriers alone. Identities are
+// dear, so blocks of even and of odd number share two sets of them: neighbours are ordered by nothing. A thread may have a second identity, the asynchronous proxy, through which wgmma reads shared memory: barriers
+// order each of the two by itself, only fence.proxy.async and the end of an asynchronous operation join them.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#ifdef SIMT_TSAN
+#include <sanitizer/tsan_interface.h>
+extern "C" void __tsan_ignore_thread_begin();
+extern "C" void __tsan_ignore_thread_end();
+#endif
+
+namespace simt {
+
+#ifdef SIMT_TSAN
+inline constexpr bool kDetectsRaces = true;
+
+struct Identity {
+  void *generic = nullptr, *async = nullptr;
+
+  // f() as the asynchronous proxy, if it is modelled.
+  template <typename F>
+  void as_async(F&& f) const {
+    if (async == nullptr) return;
+    become(async), f(), become(generic);
+  }
+  static void become(void* other) { __tsan_switch_to_fiber(other, __tsan_switch_to_fiber_no_sync); }
+};
+
+// Whoever releases is ordered before whoever acquires later.
+class Order {
+ public:
+  void release(const Identity& who) {
+    __tsan_release(&at_[0]);
+    who.as_async([this] { __tsan_release(&at_[1]); });
+  }
+  void acquire(const Identity& who) {
+    __tsan_acquire(&at_[0]);
+    who.as_async([this] { __tsan_acquire(&at_[1]); });
+  }
+  // The two proxies of one thread see each other's accesses.
+  void join(const Identity& who) {
+    __tsan_release(&at_[0]);
+    who.as_async([this] { __tsan_acquire(&at_[0]), __tsan_release(&at_[0]); });
+    __tsan_acquire(&at_[0]);
+  }
+
+ private:
+  std::unique_ptr<char[]> at_{new char[2]};  // freed, it is forgotten: no order survives a block
+};
+
+// The shim's own reads and writes, through functions that the sanitizer intercepts, are nobody's.
+struct Unobserved {
+  Unobserved() { __tsan_ignore_thread_begin(); }
+  ~Unobserved() { __tsan_ignore_thread_end(); }
+};
+
+inline Identity host_identity() { return {__tsan_get_current_fiber()}; }
+inline Identity new_identity(bool with_async) {  // for ever: a destroyed one is given to somebody else
+  return {__tsan_create_fiber(0), with_async ? __tsan_create_fiber(0) : nullptr};
+}
+
+#else
+inline constexpr bool kDetectsRaces = false;
+
+struct Identity {
+  template <typename F>
+  void as_async(F&&) const {}
+};
+struct Order {
+  void release(const Identity&) {}
+  void acquire(const Identity&) {}
+  void join(const Identity&) {}
+};
+struct Unobserved {
+  Unobserved() {}
+};
+inline Identity host_identity() { return {}; }
+inline Identity new_identity(bool) { return {}; }
+#endif
+
+}  // namespace simt
