@@ -75,7 +75,7 @@ TINY = [
     same("window_7x7", 7, 7, 80, batch=2),
     same("long_3x40", 3, 40, 96),
     same("longer_than_a_buffer", 1, 520, 8, heads=1),
-    Problem("one_row_per_block", (1, 2), (1, 12000), 8, heads=1),
+    Problem("one_row_per_block", (1, 2), (1, 12000), 8, heads=1, prefix=1),
     same("odd_dim_1", 3, 4, 1),
     same("odd_dim_33", 6, 5, 33),
     same("wide_dim_136", 4, 6, 136),

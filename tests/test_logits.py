@@ -200,14 +200,20 @@ def test_attn_may_merge_batch_and_heads(device: str):
     assert torch.equal(out, call(ours, problem, attn, q, list(tables)).flatten(0, 1))
 
 
-@pytest.mark.parametrize("expanded", [False, True])
-def test_gradient_of_any_layout(expanded: bool, device: str):
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "misaligned"])
+def test_gradient_of_any_layout(layout: str, device: str):
     problem = same("grad", 4, 5, 16)
     leaves = draw(problem, torch.float32).leaves(torch.float32, device)
     out = call(ours, problem, leaves[0], leaves[1], leaves[2:])
-    grad = torch.ones((), device=device).expand_as(out) if expanded else torch.ones_like(out).mT.contiguous().mT
+    ones = torch.ones_like(out)
+    if layout == "expanded":
+        grad = torch.ones((), device=device).expand_as(out)
+    elif layout == "transposed":
+        grad = ones.mT.contiguous().mT
+    else:
+        grad = torch.nn.functional.pad(ones.flatten(), (1, 0))[1:].view_as(ones)
     got = torch.autograd.grad(out, leaves, grad, retain_graph=True)
-    want = torch.autograd.grad(out, leaves, torch.ones_like(out))
+    want = torch.autograd.grad(out, leaves, ones)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -287,6 +293,18 @@ def test_values_that_are_not_finite_stay_where_they_are(value: float, device: st
     out = call(ours, problem, attn, q, list(tables))
     assert torch.isfinite(out).sum() == out.numel() - 1
     assert not torch.isfinite(out[0, 1, 3, 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_query_that_is_not_finite_spoils_only_the_table_rows_it_uses(dtype: torch.dtype, device: str):
+    """A kernel that pads its tiles with a row of q, times zero, would spoil them all."""
+    problem = same("inf", 4, 8, 16)
+    inputs = draw(problem, dtype)
+    inputs.q[:, :, 0] = float("inf")  # coordinates (0, 0): rows 0 .. K - 1
+    grads = run(ours, problem, inputs, dtype, device)
+    for keys, d_table in zip(problem.k_size, grads[3:5], strict=True):
+        finite = torch.isfinite(d_table).all(-1)
+        assert finite.tolist() == [False] * keys + [True] * (keys - 1)
 
 
 def test_unused_table_rows_get_no_gradient(device: str):

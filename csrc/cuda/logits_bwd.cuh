@@ -76,7 +76,7 @@ __device__ __forceinline__ const float* fill_buffer(const SumRow& to, const S* g
       unpack<S>(load_stream(grad + at), x);
     } else {
 #pragma unroll
-      for (int i = 0; i < V; ++i) x[i] = at + i >= begin && at + i < begin + n ? to_float(grad[at + i]) : 0.f;
+      for (int i = 0; i < V; ++i) x[i] = at + i < begin + n ? to_float(grad[at + i]) : 0.f;
     }
 #pragma unroll
     for (int i = 0; i < V; ++i) to.buffer[v * V + i] = x[i];
@@ -265,14 +265,8 @@ __global__ void __launch_bounds__(kThreads, 2) logits_bwd_kernel(const LogitsBwd
   __syncthreads();
 
   find_ranges(p.shape, p.index, rows, count, ranges);
-  for (int row = warp; row < count; row += kWarps) {
-    float* of_row = factors + row * p.factor_ld;
-    if (rows[row].coordinate[kW] < 0) {  // a class token
-      for (int i = lane; i < width; i += 32) of_row[i] = 0.f;
-    } else {
-      sum_row<S>(p, first_row + row, of_row, buffer);
-    }
-  }
+  for (int row = warp; row < count; row += kWarps)  // sums of a class token's row are not used
+    sum_row<S>(p, first_row + row, factors + row * p.factor_ld, buffer);
   __syncthreads();
 
   if (p.dfactors)

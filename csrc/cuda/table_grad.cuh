@@ -86,7 +86,7 @@ __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const Gr
     __syncthreads();
   }
   for_each_element(acc, mine, [&](int i, int d, float x) {
-    if (i0 + i < keys && d < columns) out[static_cast<int64_t>(i0 + i) * p.shape.D + d0 + d] = x;
+    if (i0 + i < keys) out[static_cast<int64_t>(i0 + i) * p.shape.D + d0 + d] = x;
   });
 }
 

@@ -25,6 +25,7 @@ FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
 class Sanitizer:
     """What kernels are compiled with. A process that loads them must be started with `environment`."""
 
+    name: str
     flags: tuple[str, ...] = ()
     shim_flags: tuple[str, ...] = ()  # of the shim's own code
     runtimes: tuple[str, ...] = ()  # that must be loaded before all else
@@ -38,14 +39,16 @@ class Sanitizer:
         return {"LD_PRELOAD": " ".join(found), **dict(self.options)}
 
 
-PLAIN = Sanitizer()
+PLAIN = Sanitizer("plain")
 ADDRESS = Sanitizer(  # and undefined behaviour
+    "address",
     flags=("-O1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined"),
     shim_flags=("-fsanitize=address",),
     runtimes=("libasan.so", "libstdc++.so"),  # the latter for exceptions, which the former intercepts
     options=(("ASAN_OPTIONS", "detect_leaks=0"), ("UBSAN_OPTIONS", "print_stacktrace=1")),
 )
 THREAD = Sanitizer(
+    "thread",
     flags=("-O1", "-fno-omit-frame-pointer", "-fsanitize=thread", "-DSIMT_TSAN"),
     shim_flags=("-DSIMT_TSAN",),
     runtimes=("libtsan.so",),

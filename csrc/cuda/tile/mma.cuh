@@ -17,7 +17,7 @@ __device__ __forceinline__ void split(float x, T& high, T& low) {
   low = from_float<T>(x - to_float(high));
 }
 
-// How the 8 warps share a tile of `rows` x `columns`: strips of 16 rows, runs of blocks of 8 columns.
+// How the 8 warps share a tile of 16, 32 or 64 rows x `columns`: strips of 16 rows, runs of blocks of 8 columns.
 struct WarpShare {
   int strip, first_block, blocks;
 
@@ -26,7 +26,7 @@ struct WarpShare {
     const int all = ceil_div(columns, 8), each = ceil_div(all, runs);
     strip = warp % strips;
     first_block = warp / strips * each;
-    blocks = warp / strips >= runs ? 0 : max(0, min(each, all - first_block));
+    blocks = max(0, min(each, all - first_block));
   }
 };
 

@@ -1,0 +1,34 @@
+"""The CUDA kernels, emulated, under AddressSanitizer with UBSan, and under ThreadSanitizer: not a word from either.
+
+That both do speak up is proven by tests/test_canaries.py, which plants bugs that only they can see.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import emulator
+from simt import toolchain
+from simt.toolchain import ADDRESS, THREAD, Sanitizer
+
+TESTS = (
+    "emulated and (tiny or strides or not_finite) and (ragged or row_1x7 or lanes or video or class or packed or inf)"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))
+@pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD], ids=lambda s: s.name)
+def test_silence(sanitizer: Sanitizer):
+    library = emulator.build(sanitizer)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_logits.py", "-k", TESTS]
+    environment = os.environ | sanitizer.environment | {emulator.INSTEAD: str(library), "SIMT_SCHED": "random"}
+    environment |= {"PYTHONPATH": str(emulator.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
