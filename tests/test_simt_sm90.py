@@ -23,9 +23,13 @@ POISON = 0xFF  # of shared memory
 pytestmark = pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))
 
 
+def compiled(folder: Path, sanitizer: toolchain.Sanitizer = toolchain.PLAIN, *flags: str) -> Path:
+    return toolchain.compile_library([SOURCE], folder / "selftest.so", ["-O1", "-g0", *flags], sanitizer=sanitizer)
+
+
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return toolchain.compile_library([SOURCE], tmp_path_factory.mktemp("sm90") / "selftest.so")
+    return compiled(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture
@@ -255,3 +259,153 @@ def test_wgmma_is_a_matrix_product(shim: Selftest, schedule, n: int, dtype: str,
         assert complaint is None
         assert torch.equal(got, want), (kind, a_swizzle, b_swizzle)
         assert shim.count("wgmma") == 2
+
+
+# ---- whole kernels, right and with a fault
+
+
+def pipeline(shim: Selftest, fault: str = "", tiles: int = 5) -> tuple[str | None, bool]:
+    """The complaint; whether the result is right."""
+    a, b = integers(64, 64 * tiles), integers(64 * tiles, 64)
+    out = torch.full((64, 64), torch.nan)
+    params = Params(a.data_ptr(), b.data_ptr(), out.data_ptr(), n=tiles)
+    return shim.complaint("pipeline", params, fault), torch.equal(out, (a.double() @ b.double()).float())
+
+
+def relay(shim: Selftest, fault: str = "", rounds: int = 5) -> tuple[str | None, bool]:
+    out = torch.zeros(64, dtype=torch.int32)
+    complaint = shim.complaint("relay", Params(out=out.data_ptr(), n=rounds), fault)
+    return complaint, torch.equal(out, rounds * torch.arange(64, dtype=torch.int32))
+
+
+EVERY_WAY = [(*s, asynchronous) for s in SCHEDULES for asynchronous in ("late", "early", "random")]
+
+
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
+def test_right_kernels_are_right_under_every_schedule(shim: Selftest, schedule, way):
+    schedule(*way)
+    assert pipeline(shim) == (None, True)
+    assert (shim.count("tma"), shim.count("wgmma")) == (2 * 5, 4 * 5)
+    assert relay(shim) == (None, True)
+    assert shim.count("named_barriers") == 5 + 4
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fault"),
+    [
+        (pipeline, "no wait for a copy"),
+        (pipeline, "wrong parity"),
+        (pipeline, "overwrites a stage"),
+        (pipeline, "releases early"),
+        (pipeline, "wrong stride"),
+        (pipeline, "no wgmma_wait"),
+        (relay, "reads early"),
+        (relay, "overwrites"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.__name__,
+)
+def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedule, kernel, fault: str):
+    def right(way: tuple[str, int, str]) -> bool:
+        schedule(*way)
+        return kernel(shim, fault) == (None, True)
+
+    assert not all(map(right, EVERY_WAY))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fault", "says"),
+    [
+        (pipeline, "half a tile's bytes", "tma_load brings 4096 bytes more than its mbarrier expects"),
+        (pipeline, "one tile's bytes", "the block ends with 5 copies of TMA in flight"),
+        (
+            pipeline,
+            "too many bytes",
+            f"128 wait in mbarrier_wait at {toolchain.HERE}/{marked('full')} (threads 0 to 127)",
+        ),
+        (pipeline, "a copy too many", "the block ends with 2 copies of TMA in flight"),
+        (pipeline, "arrives twice", f"{marked('twice')}: thread 128 arrives where all 1 have arrived"),
+        (pipeline, "barriers not shown to TMA", "tma_load on an mbarrier that mbarrier_fence_init has not shown"),
+        (pipeline, "no wgmma_fence", "comes to wgmma without wgmma_fence"),
+        (pipeline, "touches accumulators", "wrote to the accumulators of this wgmma before wgmma_wait"),
+        (pipeline, "no wgmma_wait", "exits before its wgmma has been waited for"),
+        (pipeline, "half a warpgroup", "64 wait in setmaxnreg"),
+        (pipeline, "setmaxnreg by one warp", "setmaxnreg: thread 128 is in no whole warpgroup"),
+        (relay, "id 0", "named barrier 0: there are 1 to 15"),
+        (relay, "another count", "named barrier 1: of"),
+        (
+            relay,
+            "does not arrive",
+            f"64 wait in named_barrier at {toolchain.HERE}/{marked('relay')} (threads 64 to 127)",
+        ),
+        (relay, "part of a warp", "named_barrier by lanes 0000ffff; it needs the whole warp"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else v.__name__,
+)
+def test_a_fault_is_named_and_the_next_launch_works(shim: Selftest, kernel, fault: str, says: str):
+    assert says in (kernel(shim, fault)[0] or "no complaint")
+    assert kernel(shim) == (None, True)
+
+
+def test_surplus_bytes_are_found_when_the_block_ends(shim: Selftest, schedule):
+    schedule("fifo", 0, "early")
+    assert "the block ends with -8192 bytes expected by the mbarrier at byte 0" in (
+        pipeline(shim, "one tile's bytes", tiles=2)[0] or ""
+    )
+
+
+def test_barriers_used_at_once_are_not_initialised(shim: Selftest, schedule):
+    schedule("lifo", 0, "late")
+    assert f"{marked('empty')}: this mbarrier is not initialised" in (pipeline(shim, "barriers used at once")[0] or "")
+
+
+# ---- under sanitizers, in processes of their own
+
+RIGHT = ["pipeline", "relay", "stmatrix", "ss float16 64 k", "rs bfloat16 64 k"]
+
+
+@pytest.fixture(scope="session")
+def thread_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("thread"), toolchain.THREAD, "-DWGMMA_N=64")
+
+
+@pytest.fixture(scope="session")
+def address_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled(tmp_path_factory.mktemp("address"), toolchain.ADDRESS, "-DWGMMA_N=64")
+
+
+def said(library: Path, sanitizer: toolchain.Sanitizer, *arguments: str, **variables: str) -> str:
+    command = [sys.executable, "-S", str(toolchain.HERE / "selftest_sm90.py"), str(library), *arguments]
+    environment = os.environ | sanitizer.environment | variables
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    return (done.stdout + done.stderr).strip() or ("" if done.returncode == 0 else f"exit {done.returncode}")
+
+
+@pytest.mark.parametrize("asynchronous", ["late", "early", "random"])
+@pytest.mark.parametrize("kernel", RIGHT)
+def test_right_kernels_have_no_race(thread_library: Path, kernel: str, asynchronous: str):
+    assert said(thread_library, toolchain.THREAD, kernel, SIMT_PROXY="1", SIMT_ASYNC=asynchronous) == ""
+
+
+@pytest.mark.parametrize("kernel", RIGHT)
+def test_right_kernels_stay_inside_their_memory(address_library: Path, kernel: str):
+    assert said(address_library, toolchain.ADDRESS, kernel) == ""
+
+
+@pytest.mark.parametrize(
+    ("kernel", "fault", "asynchronous"),
+    [
+        ("pipeline", "no wait for a copy", "early"),
+        ("pipeline", "overwrites a stage", "early"),
+        ("pipeline", "releases early", "late"),
+        ("pipeline", "barriers used at once", "early"),
+        ("relay", "reads early", "early"),
+        ("relay", "overwrites", "early"),
+        ("ss float16 64 k", "no fence_proxy_async", "early"),
+        ("rs float16 64 mn", "no fence_proxy_async", "late"),
+    ],
+)
+def test_a_fault_is_a_race(thread_library: Path, kernel: str, fault: str, asynchronous: str):
+    arguments = (thread_library, toolchain.THREAD, kernel, fault)
+    assert "WARNING: ThreadSanitizer: data race" in said(*arguments, SIMT_PROXY="1", SIMT_ASYNC=asynchronous)
+    if "proxy" in fault:
+        assert said(*arguments, SIMT_PROXY="0") == "", "one proxy needs no fence"

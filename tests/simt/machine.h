@@ -34,7 +34,7 @@ struct Gate {  // those who wait for the same thing
 // ---- simt.cpp
 
 extern Thread* self;  // the running one
-extern bool copies_early, async_proxy;
+extern bool async_proxy;
 extern Stats counts;
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
@@ -50,6 +50,7 @@ extern uint32_t shared_window;  // the address at which shared memory begins for
 unsigned char* shared_begin();
 ptrdiff_t shared_bytes();
 size_t choose(size_t waiting);  // whose turn it is, by the schedule
+bool happens_at_once();         // whether something asynchronous does, by SIMT_ASYNC
 
 // ---- sm90.cpp
 

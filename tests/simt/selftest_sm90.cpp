@@ -56,10 +56,10 @@ __global__ void stmatrix_kernel(const __grid_constant__ Params p) {
 __global__ void relay_kernel(const __grid_constant__ Params p) {
   RELPOS_DYNAMIC_SHARED(smem);
   int* const box = reinterpret_cast<int*>(smem);
-  const int half = p.fault("part of a warp") ? 16 : 64;
+  if (p.fault("part of a warp") && thread() % 32 >= 16) return;
   int sum = 0;
   for (int round = 0; round < p.n; ++round) {
-    if (thread() < half) {
+    if (thread() < 64) {
       if (round > 0 && !p.fault("overwrites")) relpos::named_barrier_sync(2, 128);
       box[thread()] = thread();
       if (p.fault("id 0")) relpos::named_barrier_arrive(0, 128);
@@ -72,7 +72,7 @@ __global__ void relay_kernel(const __grid_constant__ Params p) {
       if (round + 1 < p.n) relpos::named_barrier_arrive(2, 128);
     }
   }
-  if (thread() >= half) static_cast<int*>(p.out)[thread() - 64] = sum;
+  if (thread() >= 64) static_cast<int*>(p.out)[thread() - 64] = sum;
 }
 
 // out = the bytes of shared memory after one copy of TMA into the middle of them.
@@ -143,8 +143,9 @@ __device__ void produce(const Params& p, const Pipeline& pipe) {
   for (int tile = 0; tile < tiles; ++tile) {
     const int stage = tile % 2, round = tile / 2;
     if (!p.fault("overwrites a stage")) relpos::mbarrier_wait(pipe.empty + stage, round % 2 ^ 1);  // line: empty
-    const int bytes = p.fault("too few bytes") ? kTile : p.fault("too many bytes") ? 3 * kTile : 2 * kTile;
-    relpos::mbarrier_expect_bytes(pipe.full + stage, bytes);
+    const int missing = p.fault("one tile's bytes") ? kTile : p.fault("half a tile's bytes") ? 3 * kTile / 2 : 0;
+    relpos::mbarrier_expect_bytes(pipe.full + stage, p.fault("too many bytes") ? 3 * kTile : 2 * kTile - missing);
+    if (p.fault("arrives twice")) relpos::mbarrier_arrive(pipe.full + stage);  // line: twice
     relpos::tma_load<2>(pipe.a(stage), p.a_map, pipe.full + stage, {64 * tile, 0});
     relpos::tma_load<2>(pipe.b(stage), p.b_map, pipe.full + stage, {0, 64 * tile});
   }
@@ -168,7 +169,6 @@ __device__ void consume(const Params& p, const Pipeline& pipe) {
     if (p.fault("releases early")) relpos::mbarrier_arrive(pipe.empty + stage);
     if (!p.fault("no wgmma_wait")) relpos::wgmma_wait<0>(d);
     if (!p.fault("releases early")) relpos::mbarrier_arrive(pipe.empty + stage);
-    if (p.fault("arrives twice") && thread() == 0) relpos::mbarrier_arrive(pipe.empty + stage);  // line: twice
   }
   for (int i = 0; i < 32; ++i) {
     const int row = thread() / 32 * 16 + thread() % 32 / 4 + i / 2 % 2 * 8,

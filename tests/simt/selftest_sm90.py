@@ -1,6 +1,6 @@
 """Calls the kernels of selftest_sm90.cpp: from a test, or as a process of its own with nothing but Python's library.
 
-    selftest_sm90.py LIBRARY KERNEL [FAULT]     on zeros; prints the shim's complaint, if any
+selftest_sm90.py LIBRARY KERNEL [FAULT]     on zeros; prints the shim's complaint, if any
 """
 
 from __future__ import annotations

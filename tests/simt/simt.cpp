@@ -50,7 +50,8 @@ struct Warp {
 // The launch.
 const std::function<void()>* thread_body;
 enum { kFifo, kLifo, kRandom } schedule;
-bool copies_early, async_proxy;
+enum { kLate, kEarly, kEither } arrival;
+bool async_proxy;
 std::mt19937 rng;
 Stats counts;
 
@@ -119,6 +120,8 @@ unsigned char* shared_begin() { return crew->memory->begin(); }
 ptrdiff_t shared_bytes() { return static_cast<ptrdiff_t>(crew->memory->size()); }
 
 size_t choose(size_t waiting) { return schedule == kFifo ? 0 : schedule == kLifo ? waiting - 1 : rng() % waiting; }
+
+bool happens_at_once() { return arrival == kEarly || (arrival == kEither && rng() % 2 == 0); }
 
 Thread& next_thread() {
   while (ready.empty() && live > 0)
@@ -243,10 +246,10 @@ void read_environment() {
   };
   const std::string s = value("SIMT_SCHED", "fifo"), c = value("SIMT_ASYNC", "late"), p = value("SIMT_PROXY", "0");
   if (s != "fifo" && s != "lifo" && s != "random") stop("SIMT_SCHED: fifo, lifo or random");
-  if (c != "late" && c != "early") stop("SIMT_ASYNC: late or early");
+  if (c != "late" && c != "early" && c != "random") stop("SIMT_ASYNC: late, early or random");
   if (p != "0" && p != "1") stop("SIMT_PROXY: 0 or 1");
   schedule = s == "lifo" ? kLifo : s == "random" ? kRandom : kFifo;
-  copies_early = c == "early", async_proxy = p == "1";
+  arrival = c == "early" ? kEarly : c == "random" ? kEither : kLate, async_proxy = p == "1";
   rng.seed(static_cast<unsigned>(std::atoi(value("SIMT_SEED", "0").c_str())));
 }
 
@@ -347,8 +350,9 @@ bool start_copy(const void* dst, const void* src, const Site& site) {
   check_shared_row(dst, "cp.async", site);
   if (reinterpret_cast<uintptr_t>(src) % 16 != 0) fail(site, "cp.async: the source is not 16-byte aligned");
   ++counts.cp_async;
-  if (!copies_early) self->copies.push_back({const_cast<void*>(dst), src, self->groups});
-  return copies_early;
+  if (happens_at_once()) return true;
+  self->copies.push_back({const_cast<void*>(dst), src, self->groups});
+  return false;
 }
 
 void copy_commit() { ++self->groups; }

@@ -11,7 +11,7 @@
 // an old value under at least one schedule: SIMT_SCHED=fifo|lifo|random, SIMT_SEED=n.
 //
 // Shared memory has its exact size, is all NaN when a block starts, and lies between guard zones.
-// cp.async delivers at the wait (SIMT_ASYNC=late, the default) or at once (early).
+// cp.async delivers at the wait (SIMT_ASYNC=late, the default), at once (early), or now so and now so (random).
 // What CUDA leaves undefined, and the shim can see, throws simt::Error: see simt.cpp.
 //
 // Built with a sanitizer (toolchain.py), the same run also reports what a GPU would not: ThreadSanitizer every pair of

@@ -228,7 +228,6 @@ void mbarrier_arrive(const void* bar, int bytes, const Site& site) {
   if (b.pending == 0) fail(site, "thread %u arrives where all %d have arrived", self->index, b.count);
   b.order[b.phase % 2].release(self->identity);
   --b.pending, b.bytes += bytes;
-  if (b.pending == 0 && b.bytes < 0) fail(site, "%ld bytes more than expected have come to this mbarrier", -b.bytes);
   settle(b);
 }
 
@@ -253,7 +252,7 @@ void start_copy(const void* bar, int bytes, std::function<void()> copy, const Si
   ++counts.tma;
   Transfer t{&b, bytes, std::move(copy), site};
   t.order.release(self->identity);
-  if (copies_early)
+  if (happens_at_once())
     deliver(t);
   else
     transfers.push_back(std::move(t));
@@ -278,7 +277,7 @@ bool start_product(float* d, int registers, std::function<void(float*)>& product
   const Unobserved books;
   Asynchronous& thread = mine();
   if (!thread.fenced) fail(site, "thread %u comes to wgmma without wgmma_fence since its last wgmma_wait", self->index);
-  if (copies_early) return true;
+  if (thread.products.empty() && happens_at_once()) return true;  // none overtakes another
   const auto [at, fresh] = thread.hidden.try_emplace(d);
   Accumulators& sums = at->second;
   if (fresh)
