@@ -1,6 +1,6 @@
 """Calls the kernels of selftest_sm90.cpp: from a test, or as a process of its own with nothing but Python's library.
 
-selftest_sm90.py LIBRARY KERNEL [FAULT]     on zeros; prints the shim's complaint, if any
+selftest_sm90.py LIBRARY FAULT KERNEL ...     on zeros; prints the shim's complaints, if any
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Selftest:
         return self.library.simt_count(name.encode())
 
 
-def on_zeros(library: Path, kernel: str, fault: str = "") -> str | None:
+def on_zeros(library: Path, fault: str, kernel: str) -> str | None:
     a, b, out = (ctypes.create_string_buffer(1 << 16) for _ in range(3))
     aligned = [(ctypes.addressof(buffer) + 127) // 128 * 128 for buffer in (a, b, out)]
     params = Params(*aligned, n=2 if kernel.startswith(("ss", "rs")) else 4)
@@ -76,4 +76,5 @@ def on_zeros(library: Path, kernel: str, fault: str = "") -> str | None:
 
 
 if __name__ == "__main__":
-    print(on_zeros(Path(sys.argv[1]), *sys.argv[2:]) or "")
+    for kernel in sys.argv[3:]:
+        print(on_zeros(Path(sys.argv[1]), sys.argv[2], kernel) or "")
