@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from simt import toolchain
-from simt.layouts import a_registers, d_elements, layout, tma_model
-from simt.selftest_sm90 import Operand, Params, Selftest, Swizzle, Tiling
+from simt.cases_sm90 import call, every_case, pipeline, relay, tma
+from simt.selftest_sm90 import Selftest, Swizzle, Tiling
 
 SOURCE = toolchain.HERE / "selftest_sm90.cpp"
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+KERNELS = SOURCE.with_suffix(".cuh")
 SCHEDULES = [("fifo", 0), ("lifo", 0), ("random", 0), ("random", 1), ("random", 2)]
-POISON = 0xFF  # of shared memory
+EVERY_WAY = [(*s, asynchronous) for s in SCHEDULES for asynchronous in ("late", "early", "random")]
 
 pytestmark = pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))
 
@@ -46,76 +44,35 @@ def schedule(monkeypatch: pytest.MonkeyPatch):
 
 
 def marked(name: str) -> str:
-    numbered = enumerate(SOURCE.read_text().splitlines(), 1)
-    return f"{SOURCE.name}:{next(i for i, line in numbered if f'// line: {name}' in line)}"
+    numbered = enumerate(KERNELS.read_text().splitlines(), 1)
+    return f"{KERNELS.name}:{next(i for i, line in numbered if f'// line: {name}' in line)}"
 
 
-def integers(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    """So small that every sum is exact."""
-    return torch.randint(-9, 10, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+# ---- right kernels
 
 
-# ---- stmatrix
-
-
-@pytest.mark.parametrize("trans", [False, True])
-def test_stmatrix_takes_row_l_over_4_from_lane_l(shim: Selftest, trans: bool):
-    tiles = torch.arange(4 * 8 * 8, dtype=torch.int16).view(4, 8, 8)
-    held = tiles.reshape(4, 32, 2).transpose(0, 1).contiguous()  # by lane 4 i + j: (i, 2 j), (i, 2 j + 1)
-    out = torch.zeros(4, 8, 8, dtype=torch.int16)
-    params = Params(a=held.data_ptr(), out=out.data_ptr(), n=-1 if trans else 1)
-    assert shim.complaint("stmatrix", params) is None
-    assert torch.equal(out, tiles.mT if trans else tiles)
-    assert shim.count("stmatrix") == 1
-
-
-# ---- TMA
-
-
-def run_tma(shim: Selftest, x: Tensor, box, at, swizzle, fault="", **changes) -> tuple[str | None, Tensor]:
-    rank, size = x.dim(), x.element_size()
-    strides = [s * size for s in reversed(x.stride())]
-    n = 1024 + size * int(torch.tensor(box).prod())
-    out = torch.full((n,), POISON, dtype=torch.uint8)
-    params = Params(out=out.data_ptr(), n=n)
-    params.at[:rank] = at
-    t = params.tiling = Tiling(base=x.data_ptr(), element_bytes=size, rank=rank, swizzle=swizzle)
-    t.size[:rank], t.stride[:rank], t.box[:rank] = x.shape[::-1], strides, box
-    for name, value in changes.items():
-        getattr(t, name)[rank - 1] = value
-    params.tiling = t
-    return shim.complaint(f"tma {rank}", params, fault), out[1024:]
-
-
-TMA_PROBLEMS = [  # tensor, box: axis 0 last and first
-    ((200,), (96,)),
-    ((9, 64), (32, 7)),
-    ((3, 5, 32), (16, 4, 2)),
-    ((2, 3, 4, 24), (8, 3, 2, 2)),
-    ((2, 2, 3, 2, 16), (8, 2, 2, 2, 2)),
-]
-
-
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32], ids=str)
-@pytest.mark.parametrize("swizzle", Swizzle)
-@pytest.mark.parametrize(("shape", "box"), TMA_PROBLEMS, ids=lambda v: str(len(v)))
-def test_tma_copies_boxes_of_every_rank(shim: Selftest, shape, box, swizzle: Swizzle, dtype: torch.dtype):
-    x = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=dtype).view(shape)
-    if swizzle != Swizzle.NONE:
-        box = (swizzle.span // x.element_size(), *box[1:])
-    corners = [(-1, 0, max(0, size - length), size - 1) for size, length in zip(reversed(shape), box, strict=True)]
-    origins = list(itertools.product(*corners))
-    outside = tuple(-length for length in box)
-    for at in (*origins[:: len(origins) // 40 | 1], outside):
-        complaint, got = run_tma(shim, x, box, at, swizzle)
-        assert complaint is None
-        assert torch.equal(got, tma_model(x, box, at, swizzle)), at
+@pytest.mark.parametrize("name", every_case())
+def test_the_emulator_computes_what_the_manual_says(shim: Selftest, name: str):
+    answer = every_case()[name](shim)
+    assert answer.complaint is None
+    assert torch.equal(answer.got, answer.want)
 
 
 def test_tma_skips_what_lies_between_rows(shim: Selftest):
     x = torch.arange(6 * 40, dtype=torch.int16).view(6, 40)[::2, :16]
-    complaint, got = run_tma(shim, x, (16, 4), (0, 1), Swizzle.B32)
-    assert complaint is None and torch.equal(got, tma_model(x.contiguous(), (16, 4), (0, 1), Swizzle.B32))
+    assert tma(shim, x, (16, 4), (0, 1), Swizzle.B32).right
+
+
+@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
+def test_right_kernels_are_right_under_every_schedule(shim: Selftest, schedule, way):
+    schedule(*way)
+    assert pipeline(shim).right
+    assert (shim.count("tma"), shim.count("wgmma")) == (2 * 5, 4 * 5)
+    assert relay(shim).right
+    assert shim.count("named_barriers") == 5 + 4
+
+
+# ---- tensor maps
 
 
 @pytest.mark.parametrize(
@@ -134,20 +91,14 @@ def test_tma_skips_what_lies_between_rows(shim: Selftest):
 )
 def test_what_the_driver_would_refuse(shim: Selftest, offset: int, box, swizzle, changes, says: str):
     x = torch.zeros(1000, dtype=torch.int16)[offset:][: 8 * 64].view(8, 64)
-    complaint, _ = run_tma(shim, x, box, (0, 0), swizzle, **changes)
-    assert complaint == f"relpos_cuda: TensorMap: {says}"
+    assert tma(shim, x, box, (0, 0), swizzle, **changes).complaint == f"relpos_cuda: TensorMap: {says}"
 
 
 def test_elements_and_axes_that_tma_does_not_have(shim: Selftest):
-    for t, says in (
-        (torch.zeros(64, dtype=torch.int64), "elements must have 2 or 4 bytes, got 8"),
-        (torch.zeros([2] * 5 + [16], dtype=torch.int16), None),
-    ):
-        if says:
-            assert says in (run_tma(shim, t, (8,), (0,), Swizzle.NONE)[0] or "")
-        else:
-            params = Params(n=4096, tiling=Tiling(base=t.data_ptr(), element_bytes=2, rank=6))
-            assert "1 to 5 axes are possible, got 6" in (shim.complaint("tma 5", params) or "")
+    x = torch.zeros(64, dtype=torch.int64)
+    assert "elements must have 2 or 4 bytes, got 8" in (tma(shim, x, (8,), (0,), Swizzle.NONE).complaint or "")
+    complaint = call(shim, "tma 5", x, x, n=4096, tiling=Tiling(element_bytes=2, rank=6))
+    assert "1 to 5 axes are possible, got 6" in (complaint or "")
 
 
 @pytest.mark.parametrize(
@@ -162,71 +113,11 @@ def test_elements_and_axes_that_tma_does_not_have(shim: Selftest):
 )
 def test_a_box_in_the_wrong_place(shim: Selftest, fault: str, swizzle: Swizzle, says: str):
     x = torch.zeros(64, 64, dtype=torch.int16)
-    complaint, _ = run_tma(shim, x, (swizzle.span // 2, 8), (0, 0), swizzle, fault)
+    complaint = tma(shim, x, (swizzle.span // 2, 8), (0, 0), swizzle, fault).complaint
     assert f"{marked('tma')}: tma_load: " in (complaint or "") and says in (complaint or "")
 
 
-# ---- wgmma
-
-
-def run_wgmma(shim: Selftest, kind: str, dtype: str, n: int, mn_major: bool, a_swizzle, b_swizzle):
-    a, b, k = integers(64, 32, dtype=DTYPES[dtype]), integers(n, 32, dtype=DTYPES[dtype]), 32
-    memory, operands, end = torch.zeros(1 << 16, dtype=torch.int16), [], 0
-    for matrix, swizzle, major in ((a, a_swizzle, False), (b, b_swizzle, mn_major)):
-        at, fields = layout(swizzle, major, len(matrix), k)
-        assert len(at.unique()) == at.numel()
-        operands.append(Operand(at=end, **fields))
-        memory[(end + at) // 2] = matrix.view(torch.int16)
-        end += (int(at.max()) // 1024 + 1) * 1024
-    registers, d = a_registers(a).contiguous(), torch.full((128, n // 2), torch.nan)
-    params = Params(a=memory.data_ptr(), b=registers.data_ptr(), out=d.data_ptr(), n=k // 16)
-    params.at[0], params.a_operand, params.b_operand = end, *operands
-    complaint = shim.complaint(f"{kind} {dtype} {n} {'mn' if mn_major else 'k'}", params)
-    got = torch.full((64, n), torch.nan)
-    got[d_elements(n)] = d
-    return complaint, got, (a.double() @ b.double().T).float()
-
-
-@pytest.mark.parametrize("mn_major", [False, True], ids=["k", "mn"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [64, 80, 96, 112, 128])
-def test_wgmma_is_a_matrix_product(shim: Selftest, n: int, dtype: str, mn_major: bool):
-    for kind, a_swizzle, b_swizzle in [("rs", Swizzle.NONE, s) for s in Swizzle] + [
-        ("ss", a, b) for a, b in zip(Swizzle, reversed(Swizzle), strict=True)
-    ]:
-        complaint, got, want = run_wgmma(shim, kind, dtype, n, mn_major, a_swizzle, b_swizzle)
-        assert complaint is None
-        assert torch.equal(got, want), (kind, a_swizzle, b_swizzle)
-        assert shim.count("wgmma") == 2
-
-
-# ---- whole kernels, right and with a fault
-
-
-def pipeline(shim: Selftest, fault: str = "", tiles: int = 5) -> tuple[str | None, bool]:
-    """The complaint; whether the result is right."""
-    a, b = integers(64, 64 * tiles), integers(64 * tiles, 64)
-    out = torch.full((64, 64), torch.nan)
-    params = Params(a.data_ptr(), b.data_ptr(), out.data_ptr(), n=tiles)
-    return shim.complaint("pipeline", params, fault), torch.equal(out, (a.double() @ b.double()).float())
-
-
-def relay(shim: Selftest, fault: str = "", rounds: int = 5) -> tuple[str | None, bool]:
-    out = torch.zeros(64, dtype=torch.int32)
-    complaint = shim.complaint("relay", Params(out=out.data_ptr(), n=rounds), fault)
-    return complaint, torch.equal(out, rounds * torch.arange(64, dtype=torch.int32))
-
-
-EVERY_WAY = [(*s, asynchronous) for s in SCHEDULES for asynchronous in ("late", "early", "random")]
-
-
-@pytest.mark.parametrize("way", EVERY_WAY, ids=str)
-def test_right_kernels_are_right_under_every_schedule(shim: Selftest, schedule, way):
-    schedule(*way)
-    assert pipeline(shim) == (None, True)
-    assert (shim.count("tma"), shim.count("wgmma")) == (2 * 5, 4 * 5)
-    assert relay(shim) == (None, True)
-    assert shim.count("named_barriers") == 5 + 4
+# ---- faults
 
 
 @pytest.mark.parametrize(
@@ -246,7 +137,7 @@ def test_right_kernels_are_right_under_every_schedule(shim: Selftest, schedule, 
 def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedule, kernel, fault: str):
     def right(way: tuple[str, int, str]) -> bool:
         schedule(*way)
-        return kernel(shim, fault) == (None, True)
+        return kernel(shim, fault).right
 
     assert not all(map(right, EVERY_WAY))
 
@@ -268,7 +159,6 @@ def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedul
         (pipeline, "touches accumulators", "wrote to the accumulators of this wgmma before wgmma_wait"),
         (pipeline, "no wgmma_wait", "exits before its wgmma has been waited for"),
         (pipeline, "half a warpgroup", "64 wait in setmaxnreg"),
-        (pipeline, "setmaxnreg by one warp", "setmaxnreg: thread 128 is in no whole warpgroup"),
         (relay, "id 0", "named barrier 0: there are 1 to 15"),
         (relay, "another count", "named barrier 1: of"),
         (
@@ -281,17 +171,24 @@ def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedul
     ids=lambda v: v if isinstance(v, str) else v.__name__,
 )
 def test_a_fault_is_named_and_the_next_launch_works(shim: Selftest, kernel, fault: str, says: str):
-    assert says in (kernel(shim, fault)[0] or "no complaint")
-    assert kernel(shim) == (None, True)
+    assert says in (kernel(shim, fault).complaint or "no complaint")
+    assert kernel(shim).right
+
+
+def test_a_warp_is_no_warpgroup(shim: Selftest):
+    complaint = pipeline(shim, kernel="pipeline without a producer warpgroup").complaint
+    assert f"{marked('dec')}: setmaxnreg: thread 128 is in no whole warpgroup" in (complaint or "")
 
 
 def test_surplus_bytes_are_found_when_the_block_ends(shim: Selftest, schedule):
     schedule("fifo", 0, "early")
     assert "the block ends with -8192 bytes expected by the mbarrier at byte 0" in (
-        pipeline(shim, "one tile's bytes", tiles=2)[0] or ""
+        pipeline(shim, "one tile's bytes", tiles=2).complaint or ""
     )
 
 
 def test_barriers_used_at_once_are_not_initialised(shim: Selftest, schedule):
     schedule("lifo", 0, "late")
-    assert f"{marked('empty')}: this mbarrier is not initialised" in (pipeline(shim, "barriers used at once")[0] or "")
+    assert f"{marked('empty')}: this mbarrier is not initialised" in (
+        pipeline(shim, "barriers used at once").complaint or ""
+    )

@@ -1,4 +1,4 @@
-"""Calls the kernels of selftest_sm90.cpp: from a test, or as a process of its own with nothing but Python's library.
+"""Calls the kernels of selftest_sm90.cuh: from a test, or as a process of its own with nothing but Python's library.
 
 selftest_sm90.py LIBRARY FAULT KERNEL ...     on zeros; prints the shim's complaints, if any
 """
@@ -35,44 +35,46 @@ class Operand(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("at", "leading", "stride", "next", "swizzle")]
 
 
-class Params(ctypes.Structure):
+class Given(ctypes.Structure):
     _fields_ = [
         ("a", ctypes.c_void_p),
         ("b", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("a_bytes", ctypes.c_int64),
+        ("b_bytes", ctypes.c_int64),
+        ("out_bytes", ctypes.c_int64),
         ("n", ctypes.c_int),
         ("at", ctypes.c_int * 5),
         ("tiling", Tiling),
         ("a_operand", Operand),
         ("b_operand", Operand),
         ("planted", ctypes.c_char_p),
-        ("maps", Tiling * 2),  # made there
     ]
 
 
 class Selftest:
     def __init__(self, library: Path):
         self.library = ctypes.CDLL(str(library))
-        self.library.run.restype = ctypes.c_char_p
-        self.library.simt_count.restype = ctypes.c_long
+        self.library.run_sm90.restype = ctypes.c_char_p
 
-    def complaint(self, kernel: str, params: Params, fault: str = "") -> str | None:
-        params.planted = fault.encode()
-        message = self.library.run(kernel.encode(), ctypes.byref(params))
+    def complaint(self, kernel: str, given: Given, fault: str = "") -> str | None:
+        given.planted = fault.encode()
+        message = self.library.run_sm90(kernel.encode(), ctypes.byref(given))
         return message and message.decode()
 
     def count(self, name: str) -> int:
+        self.library.simt_count.restype = ctypes.c_long
         return self.library.simt_count(name.encode())
 
 
 def on_zeros(library: Path, fault: str, kernel: str) -> str | None:
     a, b, out = (ctypes.create_string_buffer(1 << 16) for _ in range(3))
     aligned = [(ctypes.addressof(buffer) + 127) // 128 * 128 for buffer in (a, b, out)]
-    params = Params(*aligned, n=2 if kernel.startswith(("ss", "rs")) else 4)
-    params.at[0] = 2 * 64 * 128  # bytes of two K-major matrices
-    params.a_operand = Operand(0, 16, 1024, 32, Swizzle.B128)
-    params.b_operand = Operand(64 * 128, 16, 1024, 32, Swizzle.B128)
-    return Selftest(library).complaint(kernel, params, fault)
+    given = Given(*aligned, *[1 << 15] * 3, n=2 if kernel.startswith(("ss", "rs")) else 4)
+    given.at[0] = 2 * 64 * 128  # bytes of two K-major matrices
+    given.a_operand = Operand(0, 16, 1024, 32, Swizzle.B128)
+    given.b_operand = Operand(64 * 128, 16, 1024, 32, Swizzle.B128)
+    return Selftest(library).complaint(kernel, given, fault)
 
 
 if __name__ == "__main__":
