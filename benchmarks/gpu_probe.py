@@ -72,7 +72,7 @@ def compile_for_gpu(library: Path, archs: Iterable[str], *more: str) -> str:
 
 
 def compile_for_emulator(library: Path) -> None:
-    flags = [*_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries._torch_inputs()]
+    flags = ["-O1", *_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries._torch_inputs()]
     toolchain.compile_library(EMULATOR_SOURCES, library, extra=flags)
 
 

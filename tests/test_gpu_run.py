@@ -14,10 +14,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_probe
-from relpos_cuda import _toolchain
 from simt import cases_sm90, toolchain
 from simt.selftest_sm90 import Selftest
-from test_install import no_nvcc
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
@@ -174,20 +172,6 @@ def test_a_wrong_hopper_case_is_counted_and_a_missing_hopper_is_not(monkeypatch:
         monkeypatch.setattr(cases_sm90, "every_case", lambda answer=answer: {"a case": lambda test: answer})
         assert gpu_probe.hopper_is_right("gpu", Selftest.__new__(Selftest)) == right
         assert says in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
-def test_the_probe_compiles_for_gpus(tmp_path: Path):
-    library = tmp_path / "gpu.so"
-    gpu_probe.compile_for_gpu(library, ("80", "90a"))
-    assert {b"sm_80", b"sm_90a"} <= set(re.findall(rb"sm_\d+a?", library.read_bytes()))
-    if _toolchain.visible_capabilities():
-        return  # the script's probe step asks it
-    with pytest.raises(RuntimeError, match="CUDA driver|no CUDA-capable device"):
-        gpu_probe.load(library)("load_stream", torch.zeros(32, 4, dtype=torch.int32))
-    complaint = cases_sm90.relay(Selftest(library)).complaint
-    assert re.search("CUDA driver|no CUDA-capable device", complaint or "")
 
 
 # ---- sanitize, profile
