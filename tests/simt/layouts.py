@@ -28,27 +28,27 @@ def tma_model(x: Tensor, box: tuple[int, ...], at: tuple[int, ...], swizzle: Swi
     return out
 
 
+def matrix_bytes(swizzle: Swizzle, mn_major: bool, mn: Tensor, k: Tensor, leading: int, stride: int) -> Tensor:
+    """Of elements [mn, k] of one k16 step, k < 16, before they are swizzled: the canonical layouts."""
+    span = swizzle.span
+    if mn_major:  # rows of a span, along mn
+        per_row, per_8 = (stride, leading) if swizzle == Swizzle.NONE else (leading, stride)
+        return mn // (span // 2) * per_row + mn % (span // 2) * 2 + k // 8 * per_8 + k % 8 * span
+    per_8 = leading if swizzle == Swizzle.NONE else 16
+    return mn // 8 * stride + mn % 8 * span + k // 8 * per_8 + k % 8 * 2
+
+
 def layout(swizzle: Swizzle, mn_major: bool, mn: int, k: int) -> tuple[Tensor, dict[str, int]]:
-    """Bytes of elements [mn, k] by the canonical layouts of the PTX manual, and what the descriptor says of them."""
-    span, chunks = swizzle.span, swizzle.span // 16
-    i, j = torch.arange(mn)[:, None], torch.arange(k)[None, :]
-    if mn_major:
-        stride = 8 * span  # rows of a span of mn, one for each k
-        leading = stride * (k // 8)
-        within = i % 8 * 2 + i // 8 % chunks * 16 + j % 8 * span
-        if swizzle == Swizzle.NONE:
-            stride, leading = 128, 16 * mn
-            at, following = within + i // 8 * stride + j // 8 * leading, 2 * leading
-        else:
-            at, following = within + i // (8 * chunks) * leading + j // 8 * stride, 2 * stride
-    elif swizzle == Swizzle.NONE:
-        leading, stride = 128, 16 * k
-        at, following = i % 8 * 16 + i // 8 * stride + j % 8 * 2 + j // 8 * leading, 2 * leading
+    """Bytes of elements [mn, k] of a dense matrix, and what a descriptor says of them."""
+    span = swizzle.span
+    if swizzle == Swizzle.NONE:
+        leading, stride = (16 * mn, 128) if mn_major else (128, 16 * k)
+        following = 2 * leading
     else:
-        leading, stride = 16, 8 * span
-        width = span // 2  # elements of k in a row; the others follow as a matrix of their own
-        at = i % 8 * span + i // 8 * stride + j % width * 2 + j // width * (mn * span)
-        following = 32 if width > 16 else mn * span
+        leading, stride = (span * k if mn_major else 16), 8 * span
+        following = 2 * stride if mn_major else 32 if span > 32 else mn * span
+    i, j = torch.arange(mn)[:, None], torch.arange(k)[None, :]
+    at = matrix_bytes(swizzle, mn_major, i, j % 16, leading, stride) + j // 16 * following
     return address_after(swizzle, at), {"leading": leading, "stride": stride, "next": following, "swizzle": swizzle}
 
 
