@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from simt import toolchain
-from simt.cases_sm90 import call, every_case, pipeline, relay, tma
+from simt.cases_sm90 import call, every_case, pipeline, relay, tma, wgmma
 from simt.selftest_sm90 import Selftest, Swizzle, Tiling
 
 SOURCE = toolchain.HERE / "selftest_sm90.cpp"
@@ -159,6 +159,9 @@ def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedul
         (pipeline, "touches accumulators", "wrote to the accumulators of this wgmma before wgmma_wait"),
         (pipeline, "no wgmma_wait", "exits before its wgmma has been waited for"),
         (pipeline, "half a warpgroup", "64 wait in setmaxnreg"),
+        (pipeline, "initialised twice", "this mbarrier has been initialised before"),
+        (pipeline, "no parity", f"{marked('full')}: mbarrier_wait for parity 2"),
+        (relay, "no whole warps", "named barrier 1: 100 threads are not some of the block's warps"),
         (relay, "id 0", "named barrier 0: there are 1 to 15"),
         (relay, "another count", "named barrier 1: of"),
         (
@@ -173,6 +176,18 @@ def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedul
 def test_a_fault_is_named_and_the_next_launch_works(shim: Selftest, kernel, fault: str, says: str):
     assert says in (kernel(shim, fault).complaint or "no complaint")
     assert kernel(shim).right
+
+
+@pytest.mark.parametrize("swizzle", [Swizzle.B128, Swizzle.B64, Swizzle.B32])
+def test_matrices_in_the_wrong_place(shim: Selftest, swizzle: Swizzle):
+    for kind in ("ss", "rs"):
+        for fault, says in (("off the swizzle", "is not where its swizzle repeats"), ("outside", "an operand: bytes")):
+            assert says in (wgmma(shim, kind, "float16", 64, False, swizzle, swizzle, fault).complaint or "")
+
+
+def test_accumulators_keep_their_shape(shim: Selftest):
+    complaint = wgmma(shim, "rs", "float16", 80, False, Swizzle.B128, Swizzle.B128, "another shape").complaint
+    assert f"{marked('shape')}: thread 0 uses accumulators of another shape before wgmma_wait" in (complaint or "")
 
 
 def test_a_warp_is_no_warpgroup(shim: Selftest):

@@ -84,7 +84,9 @@ def every_corner(test: Selftest, *tiling) -> Answer:
     return Answer(complaint, torch.stack([a.got for a in answers]), torch.stack([a.want for a in answers]))
 
 
-def wgmma(test: Selftest, kind: str, dtype: str, n: int, mn_major: bool, a_swizzle: Swizzle, b_swizzle) -> Answer:
+def wgmma(
+    test: Selftest, kind: str, dtype: str, n: int, mn_major: bool, a_swizzle: Swizzle, b_swizzle, fault=""
+) -> Answer:
     """`kind`: ss or rs, which has no use for `a_swizzle`."""
     a, b, k = integers(64, 32, dtype=DTYPES[dtype]), integers(n, 32, dtype=DTYPES[dtype]), 32
     memory, operands, end = torch.zeros(1 << 14, dtype=torch.int16), [], 0
@@ -96,7 +98,7 @@ def wgmma(test: Selftest, kind: str, dtype: str, n: int, mn_major: bool, a_swizz
         end += (int(at.max()) // 1024 + 1) * 1024
     d, name = torch.full((128, n // 2), torch.nan), f"{kind} {dtype} {n} {'mn' if mn_major else 'k'}"
     more = {"n": k // 16, "at": (end, 0, 0, 0, 0), "a_operand": operands[0], "b_operand": operands[1]}
-    complaint = call(test, name, d, memory, a_registers(a).contiguous(), **more)
+    complaint = call(test, name, d, memory, a_registers(a).contiguous(), fault, **more)
     got = torch.full((64, n), torch.nan)
     got[d_elements(n)] = d
     return Answer(complaint, got, (a.double() @ b.double().T).float())

@@ -84,6 +84,7 @@ struct Relay {
         if (round > 0 && !p.fault("overwrites")) relpos::named_barrier_sync(2, 128);
         box[thread()] = thread();
         if (p.fault("id 0")) relpos::named_barrier_arrive(0, 128);
+        if (p.fault("no whole warps")) relpos::named_barrier_arrive(1, 100);
         if (p.fault("another count")) relpos::named_barrier_arrive(1, 96);
         if (!p.fault("does not arrive")) relpos::named_barrier_arrive(1, 128);
       } else {
@@ -138,7 +139,8 @@ struct Wgmma {
     for (float& x : d) x = 7;  // which the first product overwrites
     for (int step = 0; step < p.n; ++step) {
       const auto descriptor = [&](const Operand& m) {
-        return relpos::wgmma_descriptor(smem + m.at + step * m.next, m.leading, m.stride, m.swizzle);
+        const int astray = p.fault("off the swizzle") ? 128 : p.fault("outside") ? 1 << 16 : 0;
+        return relpos::wgmma_descriptor(smem + m.at + step * m.next + astray, m.leading, m.stride, m.swizzle);
       };
       relpos::wgmma_fence(d);
       if constexpr (RS) {
@@ -148,6 +150,9 @@ struct Wgmma {
       } else {
         relpos::wgmma_ss<T, N, B_MN_MAJOR>(d, descriptor(a), descriptor(b), step > 0);
       }
+      auto& narrow = reinterpret_cast<float (&)[32]>(d);
+      if (p.fault("another shape"))
+        relpos::wgmma_rs<T, 64, B_MN_MAJOR>(narrow, {}, descriptor(b), true);  // line: shape
       relpos::wgmma_commit();
       relpos::wgmma_wait<0>(d);
     }
@@ -188,8 +193,8 @@ __device__ inline void consume(const Params& p, const Stages& pipe) {
   float d[32] = {};
   for (int tile = 0; tile < p.n; ++tile) {
     const int stage = tile % 2, round = tile / 2;
-    if (!p.fault("no wait for a copy"))
-      relpos::mbarrier_wait(pipe.full + stage, round % 2 ^ p.fault("wrong parity"));  // line: full
+    const int parity = p.fault("no parity") ? 2 : round % 2 ^ p.fault("wrong parity");
+    if (!p.fault("no wait for a copy")) relpos::mbarrier_wait(pipe.full + stage, parity);  // line: full
     if (!p.fault("no wgmma_fence")) relpos::wgmma_fence(d);
     for (int k = 0; k < 64; k += 16)
       relpos::wgmma_ss<__half, 64, true>(
@@ -219,6 +224,7 @@ struct Pipeline {
         relpos::mbarrier_init(pipe.full + stage, 1);
         relpos::mbarrier_init(pipe.empty + stage, 128);
       }
+      if (p.fault("initialised twice")) relpos::mbarrier_init(pipe.full, 1);
       if (!p.fault("barriers not shown to TMA")) relpos::mbarrier_fence_init();
     }
     if (!p.fault("barriers used at once")) __syncthreads();

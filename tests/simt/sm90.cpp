@@ -63,6 +63,7 @@ struct NamedBarrier {
 constexpr Op kConverge{"named_barrier", &Stats::warpgroup_syncs, true};
 constexpr Op kNamedBarrier{"named_barrier", &Stats::named_barriers, false, true};
 constexpr Op kMbarrierWait{"mbarrier_wait", nullptr};
+
 std::map<const void*, Mbarrier> mbarriers;
 std::deque<Transfer> transfers;
 std::array<NamedBarrier, 16> named_barriers;
@@ -175,12 +176,6 @@ void check_shared(const void* p, int bytes, int alignment, const char* what, con
     fail(site, "%s: bytes %td to %td are outside the %td bytes of shared memory", what, at, at + bytes - 1, size);
 }
 
-void check_matrix(const Matrix& m, const Site& site) {
-  const auto repeat = static_cast<uint32_t>(relpos::repeat_of(m.swizzle()));
-  if (m.field(0) % repeat >= 128 || (m.descriptor >> 49 & 7) != 0)
-    fail(site, "wgmma: a matrix at shared address %u is not where its swizzle repeats (%u)", m.field(0), repeat);
-}
-
 uint32_t shared_address(const void* p) { return shared_window + static_cast<uint32_t>(byte_of(p)); }
 
 void* shared_pointer(uint32_t address, const Site& site) {
@@ -280,9 +275,9 @@ bool start_product(float* d, int registers, std::function<void(float*)>& product
   if (thread.products.empty() && happens_at_once()) return true;  // none overtakes another
   const auto [at, fresh] = thread.hidden.try_emplace(d);
   Accumulators& sums = at->second;
-  if (fresh)
-    sums.values.assign(d, d + registers), std::memset(d, 0xff, sums.values.size() * sizeof *d);
-  else if (check_hidden(d, sums); sums.values.size() != static_cast<size_t>(registers))
+  if (fresh) sums.values.assign(d, d + registers), std::memset(d, 0xff, sums.values.size() * sizeof *d);
+  check_hidden(d, sums);
+  if (sums.values.size() != static_cast<size_t>(registers))
     fail(site, "thread %u uses accumulators of another shape before wgmma_wait", self->index);
   sums.site = site, ++sums.products;
   thread.products.push_back({d, std::move(product), thread.groups});

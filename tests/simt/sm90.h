@@ -80,6 +80,11 @@ struct Matrix {
   bool mn_major;
 
   relpos::Swizzle swizzle() const { return static_cast<relpos::Swizzle>(descriptor >> 62); }
+  void check(const Site& site) const {
+    const auto repeat = static_cast<uint32_t>(relpos::repeat_of(swizzle()));
+    if (field(0) % repeat >= 128 || (descriptor >> 49 & 7) != 0)
+      fail(site, "wgmma: a matrix at shared address %u is not where its swizzle repeats (%u)", field(0), repeat);
+  }
   uint32_t field(int bit) const { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; }
 
   uint32_t address(int mn, int k) const {
@@ -101,7 +106,6 @@ struct Matrix {
     return to_float(__builtin_bit_cast(T, bits));
   }
 };
-void check_matrix(const Matrix& m, const Site& site);
 
 // A thread's part of a product: two rows, and of every 8 columns two.
 struct Rows {
@@ -212,7 +216,7 @@ inline uint64_t wgmma_descriptor(const void* p, int leading_bytes, int stride_by
 template <typename T, int N, bool B_MN_MAJOR>
 void wgmma_ss(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate, simt::Site site = simt::Site::current()) {
   const simt::Matrix a_matrix{a, false}, b_matrix{b, B_MN_MAJOR};
-  simt::check_matrix(a_matrix, site), simt::check_matrix(b_matrix, site);
+  a_matrix.check(site), b_matrix.check(site);
   simt::product(
       d,
       [=](float* sum) {
@@ -228,7 +232,7 @@ template <typename T, int N, bool B_MN_MAJOR>
 void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate,
               simt::Site site = simt::Site::current()) {
   const simt::Matrix b_matrix{b, B_MN_MAJOR};
-  simt::check_matrix(b_matrix, site);
+  b_matrix.check(site);
   const simt::Gathered warp = simt::gather(simt::kWgmmaSync, ~0u, simt::Registers{{a[0], a[1], a[2], a[3]}}, site);
   simt::Rows rows;
   for (int i = 0; i < 32; ++i) {
