@@ -157,6 +157,7 @@ def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedul
         (pipeline, "barriers not shown to TMA", "tma_load on an mbarrier that mbarrier_fence_init has not shown"),
         (pipeline, "no wgmma_fence", "comes to wgmma without wgmma_fence"),
         (pipeline, "touches accumulators", "wrote to the accumulators of this wgmma before wgmma_wait"),
+        (pipeline, "no wgmma_commit", "exits before its wgmma has been waited for"),
         (pipeline, "no wgmma_wait", "exits before its wgmma has been waited for"),
         (pipeline, "half a warpgroup", "64 wait in setmaxnreg"),
         (pipeline, "initialised twice", "this mbarrier has been initialised before"),
