@@ -29,20 +29,26 @@ sys.path.insert(1, str(ROOT / "tests"))
 import relpos_cuda  # noqa: E402
 from problems import TINY, draw, run  # noqa: E402
 from relpos_cuda import _libraries, _loader, _toolchain  # noqa: E402
-from simt import toolchain  # noqa: E402
+from simt import cases_sm90, toolchain  # noqa: E402
+from simt.selftest_sm90 import Selftest  # noqa: E402
 
 from .cases import CASES  # noqa: E402
 
-SOURCE = Path(__file__).with_name("probe.cu")
+HERE = Path(__file__).parent
+GPU_SOURCES = (HERE / "probe.cu", HERE / "probe_sm90.cu")
+EMULATOR_SOURCES = (HERE / "probe.cu", toolchain.HERE / "selftest_sm90.cpp")
 HALVES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 PROBES = {  # words per lane: in, out
     "ldmatrix_x4": (4, 4),
     "ldmatrix_x4_trans": (4, 4),
+    "ldmatrix_x2": (4, 2),
     "ldmatrix_x2_trans": (4, 2),
     "mma_m16n8k16 float16": (10, 4),
     "mma_m16n8k16 bfloat16": (10, 4),
     "load_stream": (4, 4),
+    "cp_async_16": (8, 4),
 }
+NO_SM90 = "no instructions of sm_90a"  # as probe_sm90.cu says
 DRAWS = 50
 POISON = 0x7FC0DEAD  # a NaN
 SANITIZED = ("ragged_5x13", "ragged_5x13_mma", "window_7x7", "two_class_tokens", "interpolated", "keys_fewer", "video")
@@ -54,18 +60,20 @@ Probe = Callable[[str, Tensor], Tensor]  # name, words [32, in] -> words [32, ou
 # ---- probe
 
 
-def compile_for_gpu(library: Path, archs: Iterable[str]) -> None:
+def compile_for_gpu(library: Path, archs: Iterable[str], *more: str) -> str:
+    """Returns what nvcc says."""
     flags = ["-std=c++17", "-O3", *_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include)]
     flags += [*_toolchain.gencode(tuple(archs)), "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-    command = [str(_toolchain.nvcc().path), *flags, str(SOURCE), "-o", str(library)]
+    command = [str(_toolchain.nvcc().path), *flags, *more, *map(str, GPU_SOURCES), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
 
 
 def compile_for_emulator(library: Path) -> None:
-    flags = [*_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries._torch_inputs()]
-    toolchain.compile_library([SOURCE], library, extra=flags)
+    flags = ["-O1", *_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries._torch_inputs()]
+    toolchain.compile_library(EMULATOR_SOURCES, library, extra=flags)
 
 
 def load(library: Path) -> Probe:
@@ -112,6 +120,8 @@ def formula(name: str, given: tuple[Tensor, ...]) -> Tensor:
         return torch.cat([tile.reshape(32, 2).view(torch.int32) for tile in (product[:8], product[8:])], 1)
     if name == "load_stream":
         return given[0]
+    if name == "cp_async_16":
+        return given[0][:, :4] * (given[0][:, 4:5] % 2 != 0)
     tiles = given[0].view(torch.int16).view(4, 8, 8)[: PROBES[name][1]]
     if name.endswith("_trans"):
         tiles = tiles.mT
@@ -151,8 +161,26 @@ def compare() -> int:
                 wrong, said = 1, str(error)
             failed |= wrong > 0
             print(f"{who:9} {name:22} {said}", flush=True)
+        failed |= not hopper_is_right(who, Selftest(library))
     print("FAILED" if failed else "gpu and emulator agree with the formula, and so with each other, in every bit")
     return int(failed)
+
+
+def hopper_is_right(who: str, test: Selftest) -> bool:
+    """All cases of tests/simt/cases_sm90.py; true also of a GPU that has none of these instructions."""
+    wrong = 0
+    for name, case in cases_sm90.every_case().items():
+        answer = case(test)
+        if NO_SM90 in (answer.complaint or ""):
+            print(f"{who:9} TMA, wgmma and such: skipped, {NO_SM90}", flush=True)
+            return True
+        if not answer.right:
+            wrong += 1
+            print(
+                f"{who:9} {name}: {answer.complaint or f'{int((answer.got != answer.want).sum())} wrong'}", flush=True
+            )
+    print(f"{who:9} TMA, wgmma and such: {wrong} of {len(cases_sm90.every_case())} cases are wrong", flush=True)
+    return wrong == 0
 
 
 # ---- tiny, layers

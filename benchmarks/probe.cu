@@ -1,9 +1,10 @@
-// probe.cu - every function of csrc/cuda/tile/ptx.cuh by itself, for a GPU (nvcc) and for the emulator (tests/simt).
+// probe.cu - every function of csrc/cuda/tile/ptx.cuh that all architectures have, by itself, for a GPU (nvcc) and for
+// the emulator (tests/simt); but named barriers, which are in tests/simt/selftest_sm90.cuh with what Hopper added.
 //
 //   out[lane, kOut words] = the instruction, given in[lane, kIn words]
 //
 //   grid     one block of one warp.
-//   shared   ldmatrix: 32 rows of 16 bytes, row `lane` written by that lane.
+//   shared   ldmatrix, cp.async: 32 rows of 16 bytes, row `lane` written by that lane.
 //   barriers one __syncwarp, between writing the rows and ldmatrix.
 //
 // benchmarks/gpu_probe.py compiles it both ways, fills `in` and compares the bits of `out`.
@@ -19,11 +20,11 @@ struct Params {
   uint32_t* out;
 };
 
-enum class Load { kX4, kX4Trans, kX2Trans };
+enum class Load { kX4, kX4Trans, kX2, kX2Trans };
 
 template <Load LOAD>
 struct Ldmatrix {
-  static constexpr int kIn = 4, kOut = LOAD == Load::kX2Trans ? 2 : 4;
+  static constexpr int kIn = 4, kOut = LOAD == Load::kX2 || LOAD == Load::kX2Trans ? 2 : 4;
 
   static __device__ void run(const uint32_t* in, uint32_t* out) {
     RELPOS_DYNAMIC_SHARED(shared);
@@ -33,6 +34,7 @@ struct Ldmatrix {
     uint32_t r[kOut];
     if constexpr (LOAD == Load::kX4) relpos::ldmatrix_x4(r, row);
     if constexpr (LOAD == Load::kX4Trans) relpos::ldmatrix_x4_trans(r, row);
+    if constexpr (LOAD == Load::kX2) relpos::ldmatrix_x2(r, row);
     if constexpr (LOAD == Load::kX2Trans) relpos::ldmatrix_x2_trans(r, row);
     for (int i = 0; i < kOut; ++i) out[i] = r[i];
   }
@@ -60,6 +62,19 @@ struct LoadStream {
   }
 };
 
+struct CpAsync {
+  static constexpr int kIn = 8, kOut = 4;  // 16 bytes, whether to copy them
+
+  static __device__ void run(const uint32_t* in, uint32_t* out) {
+    RELPOS_DYNAMIC_SHARED(shared);
+    uint32_t* const row = reinterpret_cast<uint32_t*>(shared) + threadIdx.x % 32 * kOut;
+    relpos::cp_async_16(row, in, in[4] % 2 != 0);
+    relpos::cp_async_commit();
+    relpos::cp_async_wait<0>();
+    for (int i = 0; i < kOut; ++i) out[i] = row[i];
+  }
+};
+
 template <typename Probe>
 __global__ void __launch_bounds__(32) probe_kernel(const Params p) {
   Probe::run(p.in + threadIdx.x * Probe::kIn, p.out + threadIdx.x * Probe::kOut);
@@ -75,12 +90,10 @@ Entry entry(const char* name) {
   return {name, probe_kernel<Probe>, 32 * Probe::kIn, 32 * Probe::kOut};
 }
 const Entry kProbes[] = {
-    entry<Ldmatrix<Load::kX4>>("ldmatrix_x4"),
-    entry<Ldmatrix<Load::kX4Trans>>("ldmatrix_x4_trans"),
-    entry<Ldmatrix<Load::kX2Trans>>("ldmatrix_x2_trans"),
-    entry<Mma<__half>>("mma_m16n8k16 float16"),
-    entry<Mma<__nv_bfloat16>>("mma_m16n8k16 bfloat16"),
-    entry<LoadStream>("load_stream"),
+    entry<Ldmatrix<Load::kX4>>("ldmatrix_x4"),  entry<Ldmatrix<Load::kX4Trans>>("ldmatrix_x4_trans"),
+    entry<Ldmatrix<Load::kX2>>("ldmatrix_x2"),  entry<Ldmatrix<Load::kX2Trans>>("ldmatrix_x2_trans"),
+    entry<Mma<__half>>("mma_m16n8k16 float16"), entry<Mma<__nv_bfloat16>>("mma_m16n8k16 bfloat16"),
+    entry<LoadStream>("load_stream"),           entry<CpAsync>("cp_async_16"),
 };
 constexpr size_t kShared = 32 * 16;
 

@@ -181,7 +181,7 @@ def name_of(mangled: str) -> str:
     return " ".join((*words, "mma") if found[3] == "1" else words)
 
 
-_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
+_INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)\s*(.*?)\s*;")
 
 
 def parse(text: str) -> list[Kernel]:

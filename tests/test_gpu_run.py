@@ -14,9 +14,8 @@ import pytest
 import torch
 
 from benchmarks import gpu_probe
-from relpos_cuda import _toolchain
-from simt import toolchain
-from test_install import no_nvcc
+from simt import cases_sm90, toolchain
+from simt.selftest_sm90 import Selftest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
@@ -122,8 +121,11 @@ def test_a_spent_budget_is_said_and_earlier_rows_stay(tmp_path: Path):
 
 def test_every_function_of_ptx_has_a_probe():
     text = (ROOT / "csrc" / "cuda" / "tile" / "ptx.cuh").read_text()
-    functions = set(re.findall(r"__forceinline__ \w+ (\w+)(?:<\w+>)?\(", text))
-    assert functions == {name.split()[0] for name in gpu_probe.PROBES}
+    functions = set(re.findall(r"__forceinline__ \w+ (\w+)(?:<\w+>)?\(", text)) - {"pin"}  # part of wgmma_wait
+    kernels = [gpu_probe.HERE / "probe.cu", toolchain.HERE / "selftest_sm90.cuh"]
+    called = set(re.findall(r"relpos::(\w+)(?:<[^;]*?>)?\(", "".join(k.read_text() for k in kernels)))
+    assert functions == called & functions, f"no probe calls {functions - called}"
+    assert {name.split()[0] for name in gpu_probe.PROBES} <= functions
     specialised = set(re.findall(r"mma_m16n8k16<(\w+)>", text))
     assert len(specialised) == sum(name.startswith("mma") for name in gpu_probe.PROBES)
 
@@ -159,16 +161,17 @@ def test_a_wrong_bit_is_counted():
     assert gpu_probe.wrong_words(off_by_one_bit, "load_stream", draws=3) == 3 * 4
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
-def test_the_probe_compiles_for_gpus(tmp_path: Path):
-    library = tmp_path / "gpu.so"
-    gpu_probe.compile_for_gpu(library, ("80", "90a"))
-    assert {b"sm_80", b"sm_90a"} <= set(re.findall(rb"sm_\d+a?", library.read_bytes()))
-    if _toolchain.visible_capabilities():
-        return  # the script's probe step asks it
-    with pytest.raises(RuntimeError, match="CUDA driver|no CUDA-capable device"):
-        gpu_probe.load(library)("load_stream", torch.zeros(32, 4, dtype=torch.int32))
+def test_a_wrong_hopper_case_is_counted_and_a_missing_hopper_is_not(monkeypatch: pytest.MonkeyPatch, capsys):
+    one, two = torch.ones(2), torch.tensor([1.0, 2.0])
+    for answer, right, says in (
+        (cases_sm90.Answer(None, one, one), True, "0 of 1 cases are wrong"),
+        (cases_sm90.Answer(None, one, two), False, "a case: 1 wrong"),
+        (cases_sm90.Answer("broken", one, one), False, "a case: broken"),
+        (cases_sm90.Answer(f"this GPU has {gpu_probe.NO_SM90}", one, two), True, "skipped"),
+    ):
+        monkeypatch.setattr(cases_sm90, "every_case", lambda answer=answer: {"a case": lambda test: answer})
+        assert gpu_probe.hopper_is_right("gpu", Selftest.__new__(Selftest)) == right
+        assert says in capsys.readouterr().out
 
 
 # ---- sanitize, profile

@@ -13,6 +13,8 @@
 #include "../checks.h"
 
 #define RELPOS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define RELPOS_DYNAMIC_SHARED_1024(name) \
+  extern __shared__ __align__(1024) unsigned char name[]  // repeat of Swizzle::k128
 
 namespace relpos {
 

@@ -1,8 +1,9 @@
 // race_detector.h - what ThreadSanitizer is told about CUDA threads. Without SIMT_TSAN all of it is empty.
 //
 // Every CUDA thread is a thread of its own to it, and those of a block are ordered by barriers alone. Identities are
-// dear, so blocks of even and of odd number share two sets of them: neighbours are ordered by nothing. A thread may have a second identity, the asynchronous proxy, through which wgmma reads shared memory: barriers
-// order each of the two by itself, only fence.proxy.async and the end of an asynchronous operation join them.
+// dear, so blocks of even and of odd number share two sets of them: neighbours are ordered by nothing. A thread may
+// have a second identity, the asynchronous proxy, through which wgmma reads shared memory: barriers order each of the
+// two by itself, only fence.proxy.async and the end of an asynchronous operation join them. A copy of TMA is of both.
 #pragma once
 
 #include <memory>
@@ -28,6 +29,20 @@ struct Identity {
     if (async == nullptr) return;
     become(async), f(), become(generic);
   }
+  // f() as this identity, ordered with nobody.
+  template <typename F>
+  void act(F&& f) const {
+    void* const other = __tsan_get_current_fiber();
+    become(generic), f(), become(other);
+  }
+  // Around a single access that the asynchronous proxy makes, if it is modelled.
+  void enter_async() const {
+    if (async != nullptr) become(async);
+  }
+  void leave_async() const {
+    if (async != nullptr) become(generic);
+  }
+  Identity of_both_proxies() const { return {generic, generic}; }
   static void become(void* other) { __tsan_switch_to_fiber(other, __tsan_switch_to_fiber_no_sync); }
 };
 
@@ -47,6 +62,11 @@ class Order {
     __tsan_release(&at_[0]);
     who.as_async([this] { __tsan_acquire(&at_[0]), __tsan_release(&at_[0]); });
     __tsan_acquire(&at_[0]);
+  }
+  // What the asynchronous proxy of a thread was asked to do is over for its generic one.
+  void complete(const Identity& who) {
+    who.as_async([this] { __tsan_release(&at_[1]); });
+    __tsan_acquire(&at_[1]);
   }
 
  private:
@@ -70,11 +90,19 @@ inline constexpr bool kDetectsRaces = false;
 struct Identity {
   template <typename F>
   void as_async(F&&) const {}
+  template <typename F>
+  void act(F&& f) const {
+    f();
+  }
+  void enter_async() const {}
+  void leave_async() const {}
+  Identity of_both_proxies() const { return {}; }
 };
 struct Order {
   void release(const Identity&) {}
   void acquire(const Identity&) {}
   void join(const Identity&) {}
+  void complete(const Identity&) {}
 };
 struct Unobserved {
   Unobserved() {}

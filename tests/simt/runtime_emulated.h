@@ -5,6 +5,7 @@
 
 #include "../../csrc/checks.h"
 #include "simt.h"
+#include "sm90.h"
 
 namespace relpos {
 

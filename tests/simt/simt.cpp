@@ -9,7 +9,7 @@
 //   * a row of ldmatrix or cp.async that is misaligned or outside shared memory;
 //   * a write just outside shared memory; an asynchronous copy nobody waited for.
 //
-// A thread that has exited counts as arrived, as on the hardware since sm_70.
+// and what sm90.cpp adds. A thread that has exited counts as arrived, as on the hardware since sm_70.
 //
 // Under ThreadSanitizer (SIMT_TSAN) every CUDA thread of every block is a thread to it, and only barriers order their
 // memory. This file is compiled without its instrumentation: the shim's own books neither race nor order anything.
@@ -20,43 +20,20 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
-#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
 #include <random>
-#include <string>
 #include <utility>
-#include <vector>
 
-#include "fiber.h"
 #include "guarded_memory.h"
-#include "race_detector.h"
+#include "machine.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace simt {
-namespace {
-
-struct Thread : Fiber {  // its fiber serves one block after the other
-  using Fiber::Fiber;
-  unsigned index = 0;  // in the block
-  uint3 coordinates{};
-  bool done = false;
-  const Op* waits_in = nullptr;
-  Site waits_at{};
-  std::deque<Copy> copies;
-  int groups = 0;  // of copies, committed so far
-};
-
-struct Gate {  // those who wait for the same thing
-  std::vector<Thread*> waiting;
-  const Op* op = nullptr;
-  Site site{};
-  int turn = 0;  // a fast thread may come to the next turn while a slow one still leaves the last
-  Order order[2];
-};
+inline namespace machine {
 
 struct Group {  // the lanes of one mask
   unsigned mask;
@@ -73,7 +50,8 @@ struct Warp {
 // The launch.
 const std::function<void()>* thread_body;
 enum { kFifo, kLifo, kRandom } schedule;
-bool copies_early, async_proxy;
+enum { kLate, kEarly, kEither } arrival;
+bool async_proxy;
 std::mt19937 rng;
 Stats counts;
 
@@ -101,7 +79,7 @@ __attribute__((format(printf, 1, 0))) std::string vtext(const char* format, va_l
   return buffer;
 }
 
-__attribute__((format(printf, 1, 2))) std::string text(const char* format, ...) {
+std::string text(const char* format, ...) {
   va_list args;
   va_start(args, format);
   std::string s = vtext(format, args);
@@ -137,13 +115,32 @@ void switch_to(Thread& to) {
 
 // ---- rendezvous: join, open the gate if complete, pass on
 
+uint32_t shared_window;
+unsigned char* shared_begin() { return crew->memory->begin(); }
+ptrdiff_t shared_bytes() { return static_cast<ptrdiff_t>(crew->memory->size()); }
+
+size_t choose(size_t waiting) { return schedule == kFifo ? 0 : schedule == kLifo ? waiting - 1 : rng() % waiting; }
+
+bool happens_at_once() { return arrival == kEarly || (arrival == kEither && rng() % 2 == 0); }
+
 Thread& next_thread() {
-  if (ready.empty() && live > 0) report_deadlock();
+  while (ready.empty() && live > 0)
+    if (!deliver_copy()) report_deadlock();
   if (ready.empty()) return host;
   if (schedule == kRandom) std::swap(ready.back(), ready[rng() % ready.size()]);
   Thread* const next = schedule == kFifo ? ready.front() : ready.back();
   schedule == kFifo ? ready.pop_front() : ready.pop_back();
   return *next;
+}
+
+void park(std::vector<Thread*>& among, const Op& op, const Site& site) {
+  among.push_back(self);
+  self->waits_in = &op, self->waits_at = site;
+  switch_to(next_thread());
+}
+void wake(std::vector<Thread*>& waiting) {
+  ready.insert(ready.end(), waiting.begin(), waiting.end());
+  waiting.clear();
 }
 
 bool same(const Site& a, const Site& b) {
@@ -170,8 +167,7 @@ void wait(Gate& gate, int turn, const Op& op) {
 
 void open(Gate& gate) {
   ++(counts.*gate.op->counter);
-  ready.insert(ready.end(), gate.waiting.begin(), gate.waiting.end());
-  gate.waiting.clear();
+  wake(gate.waiting);
   gate.turn ^= 1;
 }
 
@@ -192,6 +188,7 @@ void open_block_gate_if_complete() {
 // ---- the life of a thread and of a block
 
 void exit_thread() {
+  check_thread_end();
   if (!self->copies.empty()) stop(text("thread %u exits before its asynchronous copies have arrived", self->index));
   Warp& warp = warps[self->index / warpSize];
   self->done = true;
@@ -225,6 +222,7 @@ void run_block(unsigned threads) {
     t.identity = new_identity(async_proxy);
   }
   live = threads;
+  begin_block(threads);
   block_gate = Gate{};
   warps.clear(), warps.resize((threads + warpSize - 1) / warpSize);
   for (Thread& t : crew->threads) {
@@ -236,7 +234,7 @@ void run_block(unsigned threads) {
     ready.push_back(&t);
   }
   switch_to(next_thread());
-  if (error.empty()) return;
+  if (error.empty()) return check_block_end();
   ready.clear(), crew->threads.clear();  // its fibers stand in the middle of a kernel
   throw Error(std::exchange(error, {}));
 }
@@ -248,19 +246,22 @@ void read_environment() {
   };
   const std::string s = value("SIMT_SCHED", "fifo"), c = value("SIMT_ASYNC", "late"), p = value("SIMT_PROXY", "0");
   if (s != "fifo" && s != "lifo" && s != "random") stop("SIMT_SCHED: fifo, lifo or random");
-  if (c != "late" && c != "early") stop("SIMT_ASYNC: late or early");
+  if (c != "late" && c != "early" && c != "random") stop("SIMT_ASYNC: late, early or random");
   if (p != "0" && p != "1") stop("SIMT_PROXY: 0 or 1");
   schedule = s == "lifo" ? kLifo : s == "random" ? kRandom : kFifo;
-  copies_early = c == "early", async_proxy = p == "1";
+  arrival = c == "early" ? kEarly : c == "random" ? kEither : kLate, async_proxy = p == "1";
   rng.seed(static_cast<unsigned>(std::atoi(value("SIMT_SEED", "0").c_str())));
 }
 
-}  // namespace
+}  // namespace machine
 
 // ---- what simt.h declares
 
 const Stats& stats() { return counts; }
-unsigned char* shared_memory() { return crew->memory->begin(); }
+unsigned char* shared_memory(unsigned alignment) {
+  shared_window = 1024 + alignment % 1024;  // aligned to that and no more
+  return shared_begin();
+}
 
 void fail(const Site& site, const char* format, ...) {
   va_list args;
@@ -349,8 +350,9 @@ bool start_copy(const void* dst, const void* src, const Site& site) {
   check_shared_row(dst, "cp.async", site);
   if (reinterpret_cast<uintptr_t>(src) % 16 != 0) fail(site, "cp.async: the source is not 16-byte aligned");
   ++counts.cp_async;
-  if (!copies_early) self->copies.push_back({const_cast<void*>(dst), src, self->groups});
-  return copies_early;
+  if (happens_at_once()) return true;
+  self->copies.push_back({const_cast<void*>(dst), src, self->groups});
+  return false;
 }
 
 void copy_commit() { ++self->groups; }
@@ -376,7 +378,11 @@ extern "C" __attribute__((visibility("default"))) long simt_count(const char* na
                                                              {"votes", &Stats::votes},
                                                              {"warp_barriers", &Stats::warp_barriers},
                                                              {"block_barriers", &Stats::block_barriers},
-                                                             {"cp_async", &Stats::cp_async}};
+                                                             {"cp_async", &Stats::cp_async},
+                                                             {"stmatrix", &Stats::stmatrix},
+                                                             {"named_barriers", &Stats::named_barriers},
+                                                             {"tma", &Stats::tma},
+                                                             {"wgmma", &Stats::wgmma}};
   const auto found = counters.find(name);
   return found == counters.end() ? -1 : simt::stats().*found->second;
 }

@@ -11,11 +11,12 @@
 // an old value under at least one schedule: SIMT_SCHED=fifo|lifo|random, SIMT_SEED=n.
 //
 // Shared memory has its exact size, is all NaN when a block starts, and lies between guard zones.
-// cp.async delivers at the wait (SIMT_ASYNC=late, the default) or at once (early).
+// cp.async delivers at the wait (SIMT_ASYNC=late, the default), at once (early), or now so and now so (random).
 // What CUDA leaves undefined, and the shim can see, throws simt::Error: see simt.cpp.
 //
 // Built with a sanitizer (toolchain.py), the same run also reports what a GPU would not: ThreadSanitizer every pair of
-// accesses that no barrier orders (of a warp's ops only __syncwarp does), AddressSanitizer every access outside a tensor.
+// accesses that no barrier orders (of a warp's ops only __syncwarp does), AddressSanitizer every access outside a
+// tensor.
 //
 // Not modelled: the rounding inside mma (here: exact products and sum, one rounding).
 #pragma once
@@ -50,7 +51,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static_assert(false, "no static __shared__: use RELPOS_DYNAMIC_SHARED(name)");
-#define RELPOS_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::shared_memory()
+#define RELPOS_DYNAMIC_SHARED(name) unsigned char* const name = ::simt::shared_memory(16)
 
 extern uint3 threadIdx, blockIdx;  // those of the running fiber
 extern dim3 blockDim, gridDim;
@@ -69,7 +70,9 @@ struct Error : std::runtime_error {
 struct Stats {  // of the latest launch; a warp's instruction counts once
   long mma, ldmatrix, shuffles, votes, warp_barriers, block_barriers;
   long ldmatrix_conflicts;  // 8 rows in fewer than 8 columns of 16 bytes: the missing columns
-  long cp_async;            // per thread
+  long cp_async, tma;       // per thread
+  long stmatrix, named_barriers;
+  long wgmma, warpgroup_syncs;  // of a warpgroup, of a warp
 };
 const Stats& stats();
 
@@ -115,7 +118,7 @@ void copy_commit();
 bool next_copy(int groups_left, Copy& copy);  // one that must have arrived when that many groups are under way
 void check_shared_row(const void* row, const char* what, const Site& site);
 void count_conflicts(const Gathered& rows, int matrices);
-unsigned char* shared_memory();
+unsigned char* shared_memory(unsigned alignment);
 [[noreturn]] void fail(const Site& site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
 template <typename... P>
@@ -123,10 +126,10 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, st
   run(grid, block, shared_bytes, [&] { kernel(params...); });
 }
 
-inline int lane() {
-  const unsigned t = (threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x;
-  return static_cast<int>(t % warpSize);
+inline int thread_index() {
+  return static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
 }
+inline int lane() { return thread_index() % warpSize; }
 
 template <typename T>
 Gathered gather(const Op& op, unsigned mask, const T& mine, const Site& site) {

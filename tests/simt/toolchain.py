@@ -91,7 +91,8 @@ def compile_library(
 ) -> Path:
     """Builds one shared library out of kernel sources and the shim, or a copy of it."""
     include = ["-DRELPOS_EMULATE", f"-I{shim}", "-isystem", str(cuda_include())]
-    units = [(source, sanitizer.flags) for source in sources] + [(shim / "simt.cpp", sanitizer.shim_flags)]
+    units = [(source, sanitizer.flags) for source in sources]
+    units += [(shim / name, sanitizer.shim_flags) for name in ("simt.cpp", "sm90.cpp")]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         objects = [str(Path(folder, f"{i}.o")) for i in range(len(units))]
 

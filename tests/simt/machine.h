@@ -1,0 +1,63 @@
+// machine.h - what sm90.cpp needs of simt.cpp: the running thread, those who wait, who comes next; and the reverse.
+#pragma once
+
+#include <deque>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+#include "race_detector.h"
+#include "simt.h"
+
+namespace simt {
+inline namespace machine {
+
+struct Thread : Fiber {  // its fiber serves one block after the other
+  using Fiber::Fiber;
+  unsigned index = 0;  // in the block
+  uint3 coordinates{};
+  bool done = false;
+  const Op* waits_in = nullptr;
+  Site waits_at{};
+  std::deque<Copy> copies;
+  int groups = 0;  // of copies, committed so far
+};
+
+struct Gate {  // those who wait for the same thing
+  std::vector<Thread*> waiting;
+  const Op* op = nullptr;
+  Site site{};
+  int turn = 0;  // a fast thread may come to the next turn while a slow one still leaves the last
+  Order order[2];
+};
+
+// ---- simt.cpp
+
+extern Thread* self;  // the running one
+extern bool async_proxy;
+extern Stats counts;
+
+std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
+std::string where(const Site& site);
+[[noreturn]] void stop(const std::string& message);
+
+void join(Gate& gate, const Op& op, const Site& site);
+void open(Gate& gate);
+void wait(Gate& gate, int turn, const Op& op);
+void park(std::vector<Thread*>& among, const Op& op, const Site& site);
+void wake(std::vector<Thread*>& waiting);
+extern uint32_t shared_window;  // the address at which shared memory begins for those who ask by shared addresses
+unsigned char* shared_begin();
+ptrdiff_t shared_bytes();
+size_t choose(size_t waiting);  // whose turn it is, by the schedule
+bool happens_at_once();         // whether something asynchronous does, by SIMT_ASYNC
+
+// ---- sm90.cpp
+
+void begin_block(unsigned threads);
+bool deliver_copy();  // of TMA, when no thread can run; whether there was one
+void check_thread_end();
+void check_block_end();
+
+}  // namespace machine
+}  // namespace simt
