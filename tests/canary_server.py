@@ -5,7 +5,8 @@
     8                                         bug 8 was not
 
 Tests are collected once; every bug gets a fork of that process, so that one may crash, hang or be ended by a sanitizer
-without harm to the next. The test that noticed a bug runs first for the next.
+without harm to the next. The test that noticed a bug runs first for the next. Bug 0 is none, and should be the first:
+it tells how long all tests take, and a bug that makes them take far longer has hung.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ import mmap
 import os
 import signal
 import sys
+import time
 
 import pytest
 import torch  # noqa: F401  # before the library, which needs its symbols
 
 import emulator
 
-SECONDS = 120  # a bug that makes a loop endless
+LIMIT = 5  # times as long as all tests take
+AT_LEAST = 10  # seconds
 
 
 class RunForEveryBug:
@@ -32,16 +35,18 @@ class RunForEveryBug:
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         library = ctypes.CDLL(os.environ[emulator.INSTEAD])
         bug_of_library = ctypes.c_int.in_dll(library, "relpos_planted_bug")
-        items = session.items
+        items, limit = session.items, 0  # seconds; 0: none
         for bug in map(int, sys.stdin):
-            child = os.fork()
+            start, child = time.monotonic(), os.fork()
             if child == 0:
                 bug_of_library.value = bug
-                signal.alarm(SECONDS)
+                signal.alarm(limit)
                 os._exit(self.first_failure(session))
             _, status = os.waitpid(child, 0)
             noticed_by = ""
-            if status:
+            if status == 0:
+                limit = AT_LEAST + int(LIMIT * (time.monotonic() - start))
+            else:
                 item = items.pop(int.from_bytes(self.running[:8], "little"))
                 items.insert(0, item)
                 noticed_by = item.nodeid

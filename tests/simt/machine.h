@@ -1,4 +1,4 @@
-// machine.h - what sm90.cpp needs of simt.cpp: the running thread, those who wait, who comes next; and the reverse.
+// machine.h - the running thread, those who wait, who comes next: what the shim's own files need of each other.
 #pragma once
 
 #include <deque>
@@ -31,11 +31,10 @@ struct Gate {  // those who wait for the same thing
   Order order[2];
 };
 
-// ---- simt.cpp
+// ---- machine.cpp
 
 extern Thread* self;  // the running one
 extern bool async_proxy;
-extern Stats counts;
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string where(const Site& site);
@@ -51,6 +50,12 @@ unsigned char* shared_begin();
 ptrdiff_t shared_bytes();
 size_t choose(size_t waiting);  // whose turn it is, by the schedule
 bool happens_at_once();         // whether something asynchronous does, by SIMT_ASYNC
+
+// ---- simt.cpp
+
+extern Stats counts;
+void begin_warps(unsigned threads);
+void leave_block(unsigned live);  // the running thread does, and so many stay
 
 // ---- sm90.cpp
 

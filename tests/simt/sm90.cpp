@@ -107,7 +107,7 @@ Asynchronous& mine() { return asynchronous[self->index]; }
 void check_hidden(const float* d, const Accumulators& sums) {
   const auto poisoned = [](float x) { return __builtin_bit_cast(uint32_t, x) == ~0u; };
   if (!std::all_of(d, d + sums.values.size(), poisoned))
-    fail(sums.site, "thread %u wrote to the accumulators of this wgmma before wgmma_wait", self->index);
+    fail(sums.site, "wrote to the accumulators of this wgmma before wgmma_wait");
 }
 
 // Of the oldest product, when no more than so many groups may be under way; false if there is none.
@@ -204,7 +204,7 @@ void named_barrier(int id, int threads, bool waits, const Site& site) {
 void warpgroup_op(const Op& op, const Site& site) {
   const Unobserved books;
   const unsigned number = self->index / 128;
-  if (128 * (number + 1) > block_threads) fail(site, "%s: thread %u is in no whole warpgroup", op.name, self->index);
+  if (128 * (number + 1) > block_threads) fail(site, "%s: not in a whole warpgroup", op.name);
   Gate& gate = warpgroups[number];
   const int turn = gate.turn;
   join(gate, op, site);
@@ -220,7 +220,7 @@ void mbarrier_init(const void* bar, int count, const Site& site) {
 void mbarrier_arrive(const void* bar, int bytes, const Site& site) {
   const Unobserved books;
   Mbarrier& b = mbarriers.at(bar);
-  if (b.pending == 0) fail(site, "thread %u arrives where all %d have arrived", self->index, b.count);
+  if (b.pending == 0) fail(site, "arrives where all %d have arrived", b.count);
   b.order[b.phase % 2].release(self->identity);
   --b.pending, b.bytes += bytes;
   settle(b);
@@ -271,14 +271,14 @@ void wgmma_fence(const Site& site) {
 bool start_product(float* d, int registers, std::function<void(float*)>& product, const Site& site) {
   const Unobserved books;
   Asynchronous& thread = mine();
-  if (!thread.fenced) fail(site, "thread %u comes to wgmma without wgmma_fence since its last wgmma_wait", self->index);
+  if (!thread.fenced) fail(site, "comes to wgmma without wgmma_fence since its last wgmma_wait");
   if (thread.products.empty() && happens_at_once()) return true;  // none overtakes another
   const auto [at, fresh] = thread.hidden.try_emplace(d);
   Accumulators& sums = at->second;
   if (fresh) sums.values.assign(d, d + registers), std::memset(d, 0xff, sums.values.size() * sizeof *d);
   check_hidden(d, sums);
   if (sums.values.size() != static_cast<size_t>(registers))
-    fail(site, "thread %u uses accumulators of another shape before wgmma_wait", self->index);
+    fail(site, "uses accumulators of another shape before wgmma_wait");
   sums.site = site, ++sums.products;
   thread.products.push_back({d, std::move(product), thread.groups});
   return false;

@@ -21,6 +21,9 @@ FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-Wno-unkno
 FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
 
 
+SHIM = ("machine.cpp", "simt.cpp", "sm90.cpp")
+
+
 @dataclass(frozen=True)
 class Sanitizer:
     """What kernels are compiled with. A process that loads them must be started with `environment`."""
@@ -92,7 +95,7 @@ def compile_library(
     """Builds one shared library out of kernel sources and the shim, or a copy of it."""
     include = ["-DRELPOS_EMULATE", f"-I{shim}", "-isystem", str(cuda_include())]
     units = [(source, sanitizer.flags) for source in sources]
-    units += [(shim / name, sanitizer.shim_flags) for name in ("simt.cpp", "sm90.cpp")]
+    units += [(shim / name, sanitizer.shim_flags) for name in SHIM]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         objects = [str(Path(folder, f"{i}.o")) for i in range(len(units))]
 
