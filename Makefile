@@ -2,7 +2,7 @@
 # make build   compile the native libraries                 make format   lay out Python, C++ and CUDA
 # make test    run the tests                                make lint     check layout, style and types
 # make demo    a SAM encoder on a photograph                make clean    remove what these made
-# make canaries  plant bugs in the kernels, see the tests notice
+# make canaries  of the tests, those that plant bugs in the kernels
 #
 # Needs python3, g++ and make; nvcc too, to compile the CUDA kernels.
 
@@ -42,9 +42,8 @@ build: venv
 test: venv
 	@$(PY) -m ruff check; ruff=$$?; $(PY) -m pytest --durations=15 $(ARGS) && exit $$ruff
 
-# Bugs planted in the CUDA kernels, one at a time, that the emulated tests must notice.
 canaries: venv
-	$(PY) -m pytest -m canary tests/test_canaries.py
+	$(PY) -m pytest tests/test_canaries.py
 
 demo: venv
 	$(PY) -m relpos_cuda demo $(ARGS)

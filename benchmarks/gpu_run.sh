@@ -26,7 +26,8 @@ set -uo pipefail
 
 STEPS="info build probe tests sanitize bench profile"
 # Tests of builds, packaging and the emulator: the CPU's business, minutes of it.
-CPU_TESTS="build canaries demo gpu_run install isa loader readme sass simt toolchain"
+CPU_TESTS="build canaries cute demo gpu_run install isa loader readme sanitizers sass sass_probe simt simt_races simt_sm90
+  toolchain"
 
 limit_of() {
   case $1 in

@@ -10,7 +10,6 @@ import emulator
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
-    config.addinivalue_line("markers", "canary: plants bugs in the kernels; minutes, run by `make canaries`")
 
 
 @pytest.fixture(params=["cpu", "emulated", "cuda"])

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+import emulator
+import problems
+import relpos_cuda
 from simt import toolchain
 
 SELFTEST = toolchain.HERE / "selftest.cpp"
@@ -30,6 +33,7 @@ class Shim:
         self.monkeypatch.setenv("SIMT_ASYNC", copies)
 
     def complaint(self, kernel: str, x: Tensor, out: Tensor, n=0, fault="") -> str | None:
+        self.library.simt_reset()
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
         message = self.library.run(kernel.encode(), *pointers, n, fault.encode())
         return message and message.decode()
@@ -147,7 +151,7 @@ def test_ldmatrix_gives_lane_l_row_l_over_4(shim: Shim, matrices: int, trans: bo
     # lane 4 i + j holds elements (i, 2 j) and (i, 2 j + 1) of every matrix
     want = tiles.reshape(matrices, 32, 2).transpose(0, 1)
     assert torch.equal(got[:, :matrices], want)
-    assert shim.count("ldmatrix_conflicts") == 0
+    assert shim.count("bank_conflicts") == 0
 
 
 def test_a_deadlock_names_the_lines(shim: Shim):
@@ -200,7 +204,24 @@ def test_the_largest_launch_is_accepted(shim: Shim):
     shim("largest launch", torch.empty(0), torch.empty(0))
 
 
-def test_counters_start_again_with_each_launch(shim: Shim):
-    for _ in range(2):
-        assert sum_of(shim)
-        assert (shim.count("shuffles"), shim.count("block_barriers")) == (3 * 4 * 5, 3)
+def test_counters(shim: Shim):
+    assert sum_of(shim)
+    assert (shim.count("shuffles"), shim.count("block_barriers")) == (3 * 4 * 5, 3)
+
+
+def test_bank_conflicts_are_counted(shim: Shim):
+    """Rows of 32 bytes: the 8 of a matrix lie in 4 of the 8 columns of 16 bytes; b, with rows of 16, has none."""
+    operands = torch.zeros(24 * 16, dtype=torch.float16)
+    shim("matmul float16", operands, torch.zeros(16, 8), 1)
+    assert shim.count("bank_conflicts") == 4 * 4
+
+
+@pytest.mark.parametrize("head_dim", [48, 64, 80, 96, 128])
+def test_tiles_of_the_kernels_have_no_bank_conflicts(head_dim: int, monkeypatch: pytest.MonkeyPatch):
+    emulator.use(monkeypatch)
+    library = ctypes.CDLL(str(emulator.build()))
+    library.simt_reset()
+    problem = problems.same("conflicts", 4, 7, head_dim)
+    problems.run(relpos_cuda.add_decomposed_rel_pos, problem, problems.draw(problem, torch.bfloat16), torch.bfloat16)
+    assert library.simt_count(b"ldmatrix") > 0
+    assert library.simt_count(b"bank_conflicts") == 0

@@ -153,7 +153,11 @@ def test_a_fault_shows_in_the_result_under_some_schedule(shim: Selftest, schedul
             f"/{marked('full')} (threads 0 to 127)",
         ),
         (pipeline, "a copy too many", "the block ends with 2 copies of TMA in flight"),
-        (pipeline, "arrives twice", f"{marked('twice')}: arrives where all 1 have arrived (thread 128 of block 0, 0, 0)"),
+        (
+            pipeline,
+            "arrives twice",
+            f"{marked('twice')}: arrives where all 1 have arrived (thread 128 of block 0, 0, 0)",
+        ),
         (pipeline, "barriers not shown to TMA", "tma_load on an mbarrier that mbarrier_fence_init has not shown"),
         (pipeline, "no wgmma_fence", "comes to wgmma without wgmma_fence"),
         (pipeline, "touches accumulators", "wrote to the accumulators of this wgmma before wgmma_wait"),

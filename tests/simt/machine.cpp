@@ -259,7 +259,6 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
               block.x, block.y, block.z, shared_bytes));
   const Unobserved books;
   read_environment();
-  counts = {};
   thread_body = &thread, blockDim = block, gridDim = grid;
   host.identity = host_identity();
   for (Crew& c : crews) {

@@ -110,7 +110,7 @@ void count_conflicts(const Gathered& rows, int matrices) {  // 8 rows, 8 columns
     unsigned columns = 0;
     for (int i = 8 * j; i < 8 * j + 8; ++i)
       columns |= 1u << (reinterpret_cast<uintptr_t>(rows.at<const void*>(i)) / 16 % 8);
-    counts.ldmatrix_conflicts += 8 - __builtin_popcount(columns);
+    counts.bank_conflicts += 8 - __builtin_popcount(columns);
   }
 }
 
@@ -137,12 +137,13 @@ bool next_copy(int groups_left, Copy& copy) {
 
 }  // namespace simt
 
-// For tests that load the emulated kernels as a library: a counter of the latest launch by name.
+// For tests that load the emulated kernels as a library: a counter by name, and all of them back to zero.
+extern "C" __attribute__((visibility("default"))) void simt_reset() { simt::counts = {}; }
 extern "C" __attribute__((visibility("default"))) long simt_count(const char* name) {
   using simt::Stats;
   static const std::map<std::string, long Stats::*> counters{{"mma", &Stats::mma},
                                                              {"ldmatrix", &Stats::ldmatrix},
-                                                             {"ldmatrix_conflicts", &Stats::ldmatrix_conflicts},
+                                                             {"bank_conflicts", &Stats::bank_conflicts},
                                                              {"shuffles", &Stats::shuffles},
                                                              {"votes", &Stats::votes},
                                                              {"warp_barriers", &Stats::warp_barriers},

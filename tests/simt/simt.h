@@ -15,8 +15,7 @@
 // What CUDA leaves undefined, and the shim can see, throws simt::Error: see simt.cpp.
 //
 // Built with a sanitizer (toolchain.py), the same run also reports what a GPU would not: ThreadSanitizer every pair of
-// accesses that no barrier orders (of a warp's ops only __syncwarp does), AddressSanitizer every access outside a
-// tensor.
+// accesses that no barrier orders (of a warp's ops only __syncwarp does), AddressSanitizer those outside a tensor.
 //
 // Not modelled: the rounding inside mma (here: exact products and sum, one rounding).
 #pragma once
@@ -67,10 +66,10 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-struct Stats {  // of the latest launch; a warp's instruction counts once
+struct Stats {  // of all launches; a warp's instruction counts once
   long mma, ldmatrix, shuffles, votes, warp_barriers, block_barriers;
-  long ldmatrix_conflicts;  // 8 rows in fewer than 8 columns of 16 bytes: the missing columns
-  long cp_async, tma;       // per thread
+  long bank_conflicts;  // ldmatrix, stmatrix: 8 rows in fewer than 8 columns of 16 bytes; the missing columns
+  long cp_async, tma;   // per thread
   long stmatrix, named_barriers;
   long wgmma, warpgroup_syncs;  // of a warpgroup, of a warp
 };

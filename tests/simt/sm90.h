@@ -132,14 +132,19 @@ struct Registers {
 };
 
 // The reverse of load_matrices: lane l brings elements (l / 4, 2 (l % 4)) and the next of each matrix.
+struct Stored {
+  const void* row;
+  uint32_t r[4];
+};
 template <bool TRANS>
 void store_matrices(void* row, const uint32_t (&r)[4], const Site& site) {
   check_shared_row(row, "stmatrix", site);
-  const Gathered warp = gather(kStmatrix, ~0u, Registers{{r[0], r[1], r[2], r[3]}}, site);
+  const Gathered warp = gather(kStmatrix, ~0u, Stored{row, {r[0], r[1], r[2], r[3]}}, site);
+  if (lane() == 0) count_conflicts(warp, 4);
   const int matrix = lane() / 8, i = lane() % 8;
   for (int k = 0; k < 8; ++k) {
     const int from_row = TRANS ? k : i, from_column = TRANS ? i : k;
-    const uint32_t pair = warp.at<Registers>(4 * from_row + from_column / 2).r[matrix];
+    const uint32_t pair = warp.at<Stored>(4 * from_row + from_column / 2).r[matrix];
     static_cast<uint16_t*>(row)[k] = static_cast<uint16_t>(pair >> 16 * (from_column % 2));
   }
 }
