@@ -5,8 +5,8 @@
     8                                         bug 8 was not
 
 Tests are collected once; every bug gets a fork of that process, so that one may crash, hang or be ended by a sanitizer
-without harm to the next. The test that noticed a bug runs first for the next. Bug 0 is none, and should be the first:
-it tells how long all tests take, and a bug that makes them take far longer has hung.
+without harm to the next. The test that noticed a bug runs first for the next. Bug 0 is none, and should come first: it
+tells how long each test takes, and a test that then takes far longer hangs.
 """
 
 from __future__ import annotations
@@ -23,42 +23,45 @@ import torch  # noqa: F401  # before the library, which needs its symbols
 
 import emulator
 
-LIMIT = 5  # times as long as all tests take
-AT_LEAST = 10  # seconds
+HANGS = 10  # times as long as without a bug
+AT_LEAST = 5  # seconds
 
 
 class RunForEveryBug:
     def __init__(self) -> None:
         self.answers = os.fdopen(os.dup(1), "w")
-        self.running = mmap.mmap(-1, 8)  # shared with the forks: the number of the test under way
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         library = ctypes.CDLL(os.environ[emulator.INSTEAD])
         bug_of_library = ctypes.c_int.in_dll(library, "relpos_planted_bug")
-        items, limit = session.items, 0  # seconds; 0: none
+        order = list(range(len(session.items)))
+        # Shared with the forks: the seconds of each test, and behind them which one is under way.
+        shared = memoryview(mmap.mmap(-1, 8 * (len(order) + 1))).cast("d")
         for bug in map(int, sys.stdin):
-            start, child = time.monotonic(), os.fork()
+            child = os.fork()
             if child == 0:
                 bug_of_library.value = bug
-                signal.alarm(limit)
-                os._exit(self.first_failure(session))
+                os._exit(self.first_failure(session, order, shared))
             _, status = os.waitpid(child, 0)
             noticed_by = ""
-            if status == 0:
-                limit = AT_LEAST + int(LIMIT * (time.monotonic() - start))
-            else:
-                item = items.pop(int.from_bytes(self.running[:8], "little"))
-                items.insert(0, item)
-                noticed_by = item.nodeid
+            if status:
+                number = int(shared[-1])
+                order.remove(number)
+                order.insert(0, number)
+                noticed_by = session.items[number].nodeid
             print(bug, noticed_by, file=self.answers, flush=True)
         return True
 
-    def first_failure(self, session: pytest.Session) -> int:
-        for number, item in enumerate(session.items):
-            self.running[:8] = number.to_bytes(8, "little")
+    def first_failure(self, session: pytest.Session, order: list[int], shared: memoryview) -> int:
+        for number in order:
+            shared[-1] = number
+            if shared[number]:
+                signal.alarm(AT_LEAST + int(HANGS * shared[number]))
+            start, item = time.monotonic(), session.items[number]
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
             if session.testsfailed:
                 return 1
+            shared[number] = time.monotonic() - start
         return 0
 
 

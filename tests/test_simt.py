@@ -33,7 +33,6 @@ class Shim:
         self.monkeypatch.setenv("SIMT_ASYNC", copies)
 
     def complaint(self, kernel: str, x: Tensor, out: Tensor, n=0, fault="") -> str | None:
-        self.library.simt_reset()
         pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
         message = self.library.run(kernel.encode(), *pointers, n, fault.encode())
         return message and message.decode()

@@ -218,6 +218,7 @@ extern "C" const char* run(const char* kernel, const void* in, void* out, int n,
   static std::string complaint;
   try {
     const Config& c = kKernels.at(kernel);
+    simt::reset_stats();
     simt::launch(c.kernel, c.grid, c.block, c.shared, Params{in, out, n, fault});
   } catch (const std::exception& e) {
     complaint = e.what();

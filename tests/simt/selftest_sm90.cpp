@@ -6,6 +6,7 @@ extern "C" __attribute__((visibility("default"))) const char* run_sm90(const cha
   static const selftest::Kernels kernels = selftest::all_kernels<WGMMA_N>();
   static std::string complaint;
   try {
+    simt::reset_stats();
     const selftest::Config& c = kernels.at(name);
     selftest::Params p{*given, {}, {}};
     const int shared = prepare(p, c);

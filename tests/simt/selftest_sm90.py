@@ -59,7 +59,6 @@ class Selftest:
 
     def complaint(self, kernel: str, given: Given, fault: str = "") -> str | None:
         given.planted = fault.encode()
-        self.library.simt_reset()
         message = self.library.run_sm90(kernel.encode(), ctypes.byref(given))
         return message and message.decode()
 

@@ -73,6 +73,7 @@ void leave_block(unsigned live) {
 }  // namespace machine
 
 const Stats& stats() { return counts; }
+void reset_stats() { counts = {}; }
 
 void block_barrier(const Site& site) {
   const Unobserved books;
@@ -138,7 +139,7 @@ bool next_copy(int groups_left, Copy& copy) {
 }  // namespace simt
 
 // For tests that load the emulated kernels as a library: a counter by name, and all of them back to zero.
-extern "C" __attribute__((visibility("default"))) void simt_reset() { simt::counts = {}; }
+extern "C" __attribute__((visibility("default"))) void simt_reset() { simt::reset_stats(); }
 extern "C" __attribute__((visibility("default"))) long simt_count(const char* name) {
   using simt::Stats;
   static const std::map<std::string, long Stats::*> counters{{"mma", &Stats::mma},

@@ -74,6 +74,7 @@ struct Stats {  // of all launches; a warp's instruction counts once
   long wgmma, warpgroup_syncs;  // of a warpgroup, of a warp
 };
 const Stats& stats();
+void reset_stats();
 
 struct Op {
   const char* name;
