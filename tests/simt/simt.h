@@ -222,11 +222,6 @@ T atomicAdd(T* address, std::type_identity_t<T> value) {  // blocks and fibers n
   return old;
 }
 
-template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
-
 // As in CUDA: integers of one type, and floats, of which a NaN is never preferred.
 template <typename T>
   requires std::is_arithmetic_v<T>
@@ -244,16 +239,6 @@ T min(T a, T b) {
   else
     return b < a ? b : a;
 }
-
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __fdividef(float a, float b) { return a / b; }
-inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }
-inline float __uint_as_float(unsigned x) { return __builtin_bit_cast(float, x); }
-inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 // ---- csrc/cuda/tile/ptx.cuh, emulated: the same names and arguments
 
