@@ -69,8 +69,8 @@ def main(expression: str) -> int:
     plugin = RunForEveryBug()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
-    options = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:faulthandler", "test_logits.py", "-k", expression]
-    return pytest.main(options, plugins=[plugin])
+    options = ["-s", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
+    return pytest.main([*options, "test_logits.py", "-k", expression], plugins=[plugin])
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ class Bug:
     line: int
     original: str
     slip: str
+    context: str  # the line
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.original} -> {self.slip}"
@@ -85,7 +86,8 @@ def bugs() -> list[Bug]:
     for file, text in _kernel_files(ROOT):
         for place in _places(file, text):
             original, line = " ".join(text[place.begin : place.end].split()), text.count("\n", 0, place.begin) + 1
-            found += [Bug(file, line, original, slip) for slip in place.slips]
+            context = text.splitlines()[line - 1].strip()
+            found += [Bug(file, line, original, slip, context) for slip in place.slips]
     return found
 
 

@@ -296,15 +296,28 @@ def test_values_that_are_not_finite_stay_where_they_are(value: float, device: st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_query_that_is_not_finite_spoils_only_the_table_rows_it_uses(dtype: torch.dtype, device: str):
+@pytest.mark.parametrize("which", ["q", "grad"])
+def test_a_row_that_is_not_finite_spoils_only_the_table_rows_it_uses(which: str, dtype: torch.dtype, device: str):
     """A kernel that pads its tiles with a row of q, times zero, would spoil them all."""
     problem = same("inf", 4, 8, 16)
     inputs = draw(problem, dtype)
-    inputs.q[:, :, 0] = float("inf")  # coordinates (0, 0): rows 0 .. K - 1
+    getattr(inputs, which)[:, :, 0] = float("inf")  # coordinates (0, 0): rows 0 .. K - 1
     grads = run(ours, problem, inputs, dtype, device)
     for keys, d_table in zip(problem.k_size, grads[3:5], strict=True):
         finite = torch.isfinite(d_table).all(-1)
         assert finite.tolist() == [False] * keys + [True] * (keys - 1)
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2, 3]], ids=["attn", "q", "tables"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_only_the_gradients_asked_for(wanted: list[int], dtype: torch.dtype, device: str):
+    problem = same("asked", 4, 5, 16)
+    inputs = draw(problem, dtype)
+    all_of_them = run(ours, problem, inputs, dtype, device)[1:]
+    leaves = [leaf.requires_grad_(i in wanted) for i, leaf in enumerate(inputs.leaves(dtype, device))]
+    out = call(ours, problem, leaves[0], leaves[1], leaves[2:])
+    got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(device, dtype))
+    assert all(torch.equal(g, all_of_them[i]) for i, g in zip(wanted, got, strict=True))
 
 
 def test_unused_table_rows_get_no_gradient(device: str):
