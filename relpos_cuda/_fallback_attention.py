@@ -166,11 +166,14 @@ def _factors(q: Tensor, bias: Bias) -> list[Tensor]:
 
 
 def _logits(q: Tensor, keys: Tensor, factors: Sequence[Tensor], bias: Bias, scale: float) -> Tensor:
-    """``scale * q k^T + bias`` for some rows, ``[b, h, rows, N]``; one new tensor of that size."""
-    logits = (q.to(keys.dtype) * scale) @ keys.mT
-    on_grid = logits[..., bias.num_prefix_tokens :].unflatten(-1, bias.k_size)
-    for axis, factor in enumerate(factors):
-        shape = [1] * len(factors)
-        shape[axis] = bias.k_size[axis]
-        on_grid.add_(factor.unflatten(-1, shape))
+    """``scale * q k^T + bias`` for some rows, ``[b, h, rows, N]``: the bias first, then the product on top of it."""
+    *outer_axes, inner = factors
+    outer = outer_axes[0]
+    for factor in outer_axes[1:]:
+        outer = (outer[..., :, None] + factor[..., None, :]).flatten(-2)  # [.., k_t * k_h]
+    logits = keys.new_empty(*q.shape[:-1], keys.shape[-2])
+    logits[..., : bias.num_prefix_tokens] = 0
+    by_line = logits[..., bias.num_prefix_tokens :].unflatten(-1, (outer.shape[-1], inner.shape[-1]))
+    torch.add(outer[..., :, None], inner[..., None, :], out=by_line)
+    logits.flatten(0, 1).baddbmm_(q.to(keys.dtype).flatten(0, 1), keys.flatten(0, 1).mT, alpha=scale)
     return logits
