@@ -98,11 +98,12 @@ def check_keys(name: str, keys: Tensor, q: Tensor, columns: int) -> None:
 def check_scale(scale: float | None, head_dim: int) -> float:
     if scale is None:
         return operator.index(head_dim) ** -0.5
-    if isinstance(scale, (bool, str, Tensor)) or not hasattr(scale, "__float__"):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale must be a float or None, got {scale!r}")
+    scale = float(scale)  # torch.compile: a symbolic one becomes a constant
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
-    return float(scale)
+    return scale
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:

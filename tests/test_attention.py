@@ -26,8 +26,8 @@ from relpos_cuda import _fallback_attention, _ops, reference
 HALVES = [torch.bfloat16, torch.float16]
 ours, eager = relpos_cuda.rel_pos_attention, reference.rel_pos_attention
 
-# More heads where there are few queries: of a sum over two, eager can be exact by luck.
-PROBLEMS = [p if p.rows > 3 else dataclasses.replace(p, heads=8) for p in TINY]
+# More groups where there are few queries: of a sum over two, eager can be exact by luck.
+PROBLEMS = [p if p.rows > 3 else dataclasses.replace(p, batch=1 if p.columns > 999 else 8, heads=8) for p in TINY]
 # Fewer heads: the float64 reference is what takes the time.
 SOME_MODELS = [
     same("sam_b_window", 14, 14, 64, batch=2, heads=1),
@@ -77,7 +77,7 @@ def test_float64(problem: Problem):
 
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 @pytest.mark.parametrize(
-    "problem", [Problem("small", (2, 3), (3, 2), 5, prefix=1), Problem("video", (2, 2, 1), (1, 2, 3), 3)], ids=str
+    "problem", [Problem("small", (2, 2), (3, 1), 3, prefix=1), Problem("video", (2, 1, 1), (1, 2, 3), 2)], ids=str
 )
 def test_gradcheck(problem: Problem, chunk: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", chunk)

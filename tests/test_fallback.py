@@ -83,11 +83,11 @@ def test_under_autocast(dtype: torch.dtype, without_kernels):
     inputs = draw(problem, dtype)
     exact, rival = (run(eager, problem, inputs, d) for d in (torch.float64, dtype))
     leaves = inputs.leaves(dtype, "cpu")
+    out, q = (t.detach().clone() for t in leaves[:2])
+    index = relpos_cuda.tables.lookup(problem.q_size, problem.k_size, out.device)
+    table = torch.cat([t.detach() for t in leaves[2:]])
     with torch.autocast("cpu", dtype=torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
-        out = leaves[0].detach().clone()
-        index = relpos_cuda.tables.lookup(problem.q_size, problem.k_size, out.device)
-        table = torch.cat([t.detach() for t in inputs.tables]).to(dtype)
-        _fallback.logits_fwd(out, None, leaves[1].detach(), table, index, problem.q_size, problem.k_size, 0)
+        _fallback.logits_fwd(out, None, q, table, index, problem.q_size, problem.k_size, 0)
     assert_close_as_eager(out, rival[0], exact[0], "out")
 
 
