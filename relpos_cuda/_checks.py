@@ -100,10 +100,9 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return operator.index(head_dim) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale must be a float or None, got {scale!r}")
-    scale = float(scale)  # torch.compile: a symbolic one becomes a constant
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # math.isfinite cannot be traced
         raise ValueError(f"scale must be finite, got {scale}")
-    return scale
+    return float(scale)
 
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
