@@ -236,7 +236,8 @@ def test_chunks(problem: Problem, budget: str, dtype: torch.dtype, monkeypatch: 
 
 
 @pytest.mark.parametrize("problem", [TINY[0], TINY[-1], *SOME_MODELS[:2]], ids=str)
-def test_bitwise_the_same_on_every_run(problem: Problem, real_device: str):
+def test_bitwise_the_same_on_every_run(problem: Problem, real_device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", 4 * problem.columns * (problem.rows // 5))
     inputs = draw_attention(problem, torch.float32)
     torch.set_num_threads(2)
     results = [run_attention(ours, problem, inputs, torch.float32, real_device) for _ in range(3)]
@@ -270,7 +271,10 @@ def test_nothing_larger_than_a_chunk(dtype: torch.dtype, monkeypatch: pytest.Mon
     assert largest.bytes == 8 << 20
 
 
-def test_what_is_saved(real_device: str):
+def test_what_is_saved(real_device: str, monkeypatch: pytest.MonkeyPatch):
+    wants_lse = []
+    original = _ops.attention_fwd
+    monkeypatch.setattr(_ops, "attention_fwd", lambda *args: (wants_lse.append(args[1] is not None), original(*args)))
     problem = same("saved", 16, 16, 16)
     leaves = draw_attention(problem, torch.float32).leaves(torch.float32, real_device)
     saved: list[int] = []
@@ -281,7 +285,7 @@ def test_what_is_saved(real_device: str):
         with torch.no_grad():
             call_attention(ours, problem, leaves)
         call_attention(ours, problem, [t.detach() for t in leaves])
-    assert not saved
+    assert not saved and wants_lse == [True, False, False]
 
 
 @pytest.mark.parametrize("batch,heads", [(0, 2), (2, 0)])
