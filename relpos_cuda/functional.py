@@ -148,7 +148,7 @@ def rel_pos_attention(
     rel_pos_t: Tensor | None = None,
     num_prefix_tokens: int = 0,
 ) -> Tensor:
-    """Attention with the decomposed relative position term; neither logits nor bias are ever stored whole.
+    """Attention with the decomposed relative position term; the logits and the bias are never stored whole.
 
     ``out = softmax(scale * q k^T + bias) v`` with ``bias[m, (i, j)] = rel_h[m, i] + rel_w[m, j]``, which is made of the
     unscaled ``q``. A chunk of query rows at a time is computed, in float32 for half precision, and computed again in
