@@ -4,8 +4,15 @@ Source: https://arxiv.org/abs/2112.01526 (MViTv2) defines the term; SAM and ViTD
 """
 
 from . import reference
-from .functional import add_decomposed_rel_pos, decomposed_rel_pos, get_rel_pos
+from .functional import add_decomposed_rel_pos, decomposed_rel_pos, get_rel_pos, rel_pos_attention
 from .support import is_supported
 
 __version__ = "0.1.0"
-__all__ = ["add_decomposed_rel_pos", "decomposed_rel_pos", "get_rel_pos", "is_supported", "reference"]
+__all__ = [
+    "add_decomposed_rel_pos",
+    "decomposed_rel_pos",
+    "get_rel_pos",
+    "is_supported",
+    "reference",
+    "rel_pos_attention",
+]

@@ -1,17 +1,34 @@
-"""The ops in plain PyTorch: where no native library is to be had, and for the few problems no kernel takes.
+"""The logits ops in plain PyTorch: where no native library is to be had, and for the few problems no kernel takes.
 
 Slower, but right and memory-bounded: beside the logits themselves nothing of size S x S is allocated.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
+def outside_autocast(function: Callable[..., None]) -> Callable[..., None]:
+    """Runs an op with the dtypes it was given: autocast has acted before it, and must not round its float32 sums."""
+
+    @functools.wraps(function)
+    def run(*args: Any) -> None:
+        kind = next(a for a in args if isinstance(a, Tensor)).device.type
+        if not torch.is_autocast_enabled(kind):
+            return function(*args)
+        with torch.autocast(kind, enabled=False):
+            return function(*args)
+
+    return run
+
+
+@outside_autocast
 def logits_fwd(
     out: Tensor,  # [G, M, N]
     attn: Tensor | None,  # the same, or None: out already holds the logits
@@ -25,15 +42,13 @@ def logits_fwd(
     if attn is not None:
         out.copy_(attn)
     logits = _on_grids(out, q, q_size, k_size, num_prefix_tokens)
-    accumulate = _accumulation_dtype(q)
-    grid = _query_grid(q, q_size, num_prefix_tokens).to(accumulate)
-    for axis, rows in _axes(index, q_size, k_size):
-        factor = _factors(grid, table[rows].to(accumulate), axis, len(q_size))
+    for axis, factor in enumerate(factors(q, table, index, q_size, k_size, num_prefix_tokens)):
         shape = [1] * len(k_size)
         shape[axis] = k_size[axis]
         logits.add_(factor.unflatten(-1, shape))
 
 
+@outside_autocast
 def logits_bwd(
     dq: Tensor | None,
     dtable: Tensor | None,
@@ -48,28 +63,53 @@ def logits_bwd(
     num_prefix_tokens: int,
 ) -> None:
     on_grids = _on_grids(grad, q, q_size, k_size, num_prefix_tokens)
-    accumulate = _accumulation_dtype(q)
-    grid = _query_grid(q, q_size, num_prefix_tokens).to(accumulate)
-    dgrid = torch.zeros_like(grid)
+    axes = len(q_size)
+    others = [[1 + axes + a for a in range(axes) if a != axis] for axis in range(axes)]
+    dfactors = (_sum(on_grids, o, accumulation_dtype(q)) for o in others)  # one at a time, [G, *q_size, k]
     if dtable is not None:
         dtable.zero_()
-    axes = len(q_size)
-    for axis, rows in _axes(index, q_size, k_size):
-        others = [1 + axes + a for a in range(axes) if a != axis]
-        dfactor = _sum(on_grids, others, accumulate)  # [G, *q_size, k]
-        by_coordinate = dfactor.movedim(1 + axis, 0).flatten(1, -2)  # [q, queries, k]
-        if dq is not None:
-            part = by_coordinate @ table[rows].to(accumulate)
-            dgrid += part.unflatten(1, _without(grid.shape[:-1], 1 + axis)).movedim(0, 1 + axis)
-        if dtable is not None:
-            d_rows = by_coordinate.mT @ grid.movedim(1 + axis, 0).flatten(1, -2)  # [q, k, D]
-            _add_rows(dtable, rows.flatten(), d_rows.flatten(0, 1).to(dtable.dtype))
+    dgrid = factors_bwd(dtable, dfactors, q, table, index, q_size, k_size, num_prefix_tokens)
     if dq is not None:
         dq.zero_()
         dq.view(-1, *dq.shape[-2:])[:, num_prefix_tokens:].copy_(dgrid.flatten(1, -2))
 
 
-def _accumulation_dtype(q: Tensor) -> torch.dtype:
+def factors(
+    q: Tensor, table: Tensor, index: Tensor, q_size: Sequence[int], k_size: Sequence[int], num_prefix_tokens: int
+) -> Iterator[Tensor]:
+    """``<q[m], R[c(m), i]>`` of every axis, ``[G, *q_size, k]``, in the dtype of accumulation."""
+    accumulate = accumulation_dtype(q)
+    grid = _query_grid(q, q_size, num_prefix_tokens).to(accumulate)
+    letters = "thw"[-len(q_size) :]
+    for c, (_, rows) in zip(letters, _axes(index, q_size, k_size), strict=True):
+        yield torch.einsum(f"g{letters}d,{c}id->g{letters}i", grid, table[rows].to(accumulate))
+
+
+def factors_bwd(
+    dtable: Tensor | None,  # [rows, D]: added to
+    dfactors: Iterable[Tensor],  # of every axis, [G, *q_size, k]
+    q: Tensor,
+    table: Tensor,
+    index: Tensor,
+    q_size: Sequence[int],
+    k_size: Sequence[int],
+    num_prefix_tokens: int,
+) -> Tensor:
+    """Gradient of the grid tokens of ``q``, ``[G, *q_size, D]`` in the dtype of accumulation."""
+    accumulate = accumulation_dtype(q)
+    grid = _query_grid(q, q_size, num_prefix_tokens).to(accumulate)
+    dgrid = torch.zeros_like(grid)
+    for (axis, rows), dfactor in zip(_axes(index, q_size, k_size), dfactors, strict=True):
+        by_coordinate = dfactor.movedim(1 + axis, 0).flatten(1, -2)  # [q, queries, k]
+        part = by_coordinate @ table[rows].to(accumulate)
+        dgrid += part.unflatten(1, _without(grid.shape[:-1], 1 + axis)).movedim(0, 1 + axis)
+        if dtable is not None:
+            d_rows = by_coordinate.mT @ grid.movedim(1 + axis, 0).flatten(1, -2)  # [q, k, D]
+            _add_rows(dtable, rows.flatten(), d_rows.flatten(0, 1).to(dtable.dtype))
+    return dgrid
+
+
+def accumulation_dtype(q: Tensor) -> torch.dtype:
     return torch.float64 if q.dtype == torch.float64 else torch.float32
 
 
@@ -94,13 +134,6 @@ def _axes(index: Tensor, q_size: Sequence[int], k_size: Sequence[int]) -> Iterat
     for axis, (q, k) in enumerate(zip(q_size, k_size, strict=True)):
         yield axis, index[start : start + q * k].view(q, k).long()
         start += q * k
-
-
-def _factors(grid: Tensor, rows: Tensor, axis: int, axes: int) -> Tensor:
-    """``<q[m], R[c(m), i]>`` as ``[G, *q_size, k]``; ``rows`` is ``[q, k, D]``."""
-    letters = "thw"[-axes:]
-    c = letters[axis]
-    return torch.einsum(f"g{letters}d,{c}id->g{letters}i", grid, rows)
 
 
 def _sum(logits: Tensor, axes: list[int], dtype: torch.dtype) -> Tensor:

@@ -64,6 +64,70 @@ class AddDecomposedRelPos(torch.autograd.Function):
         return grad if needs_attn else None, d_q, d_table, None, None, None, None, None
 
 
+class RelPosAttention(torch.autograd.Function):
+    """``softmax(scale * q k^T + bias(q, table)) v`` and its log-sum-exp, which is None unless gradients are wanted."""
+
+    @staticmethod
+    def forward(
+        q: Tensor,  # [B, heads, M, D] or [G, M, D]
+        k: Tensor,  # [.., N, D]
+        v: Tensor,
+        table: Tensor,  # [rows, D]
+        index: Tensor,
+        q_size: tables.Grid,
+        k_size: tables.Grid,
+        num_prefix_tokens: int,
+        scale: float,
+        wants_gradients: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        problem = (q_size, k_size, num_prefix_tokens)
+        support.explain_attention(q, *problem)
+        out = _empty_by_tokens(q)
+        lse = None
+        if wants_gradients:
+            lse = torch.empty((q.shape[:-2].numel(), q.shape[-2]), dtype=_wide(q.dtype), device=q.device)
+        rows = [_with_contiguous_rows(t) for t in (q, k, v)]
+        _ops.attention_fwd(out, lse, *rows, table.to(q.dtype), index, *problem, scale)
+        return out, lse
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        q, k, v, table, index, *problem, wants_gradients = inputs
+        out, lse = output
+        ctx.problem = tuple(problem)
+        if lse is not None:
+            ctx.save_for_backward(q, k, v, table, index, out, lse)
+            ctx.mark_non_differentiable(lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        q, k, v, table, index, out, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:4]
+        d_q, d_k, d_v = (_empty_by_tokens(t) if n else None for t, n in zip((q, k, v), needs[:3], strict=True))
+        d_table = torch.empty(table.shape, dtype=_wide(q.dtype), device=q.device) if needs[3] else None
+        rows = [_with_contiguous_rows(t) for t in (grad, q, k, v, out)]
+        _ops.attention_bwd(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *ctx.problem)
+        d_table = None if d_table is None else d_table.to(table.dtype)
+        return d_q, d_k, d_v, d_table, None, None, None, None, None, None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others: Any) -> Tensor:
+    """The output alone; nothing is saved where no gradient can be asked for."""
+    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, table))
+    needs = needs or torch._C._are_functorch_transforms_active()  # an outer transform's tensors do not say
+    out, _ = RelPosAttention.apply(q, k, v, table, *others, needs)
+    return out
+
+
+def _empty_by_tokens(like: Tensor) -> Tensor:
+    """[B, heads, S, D] in the memory of [B, S, heads, D]: what a Linear before or after reads without a copy."""
+    if like.dim() == 3:
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    batch, heads, tokens, head_dim = like.shape
+    return torch.empty((batch, tokens, heads, head_dim), dtype=like.dtype, device=like.device).transpose(1, 2)
+
+
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 

@@ -1,4 +1,4 @@
-"""The public functions: what they take, what they refuse, in whose words.
+"""The public functions: what they take and what they give.
 
 All of them compute, for query token ``m = (h, w)`` and key token ``n = (i, j)`` on row-major grids,
 
@@ -11,16 +11,13 @@ with the *unscaled* ``q``, as SAM, ViTDet and MViTv2 do; video models add ``rel_
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from . import reference, tables
-from .autograd import AddDecomposedRelPos
-
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from . import _checks, reference, tables
+from .autograd import AddDecomposedRelPos, attention
 
 
 def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
@@ -42,9 +39,9 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
 
     Source: the function of the same name in segment_anything's image encoder (detectron2, MViT, transformers agree).
     """
-    q_size = _check_size("q_size", q_size)
-    k_size = _check_size("k_size", k_size)
-    _check_table("rel_pos", rel_pos, None)
+    q_size = _checks.check_size("q_size", q_size)
+    k_size = _checks.check_size("k_size", k_size)
+    _checks.check_table("rel_pos", rel_pos, None)
     return reference.get_rel_pos(q_size, k_size, rel_pos)
 
 
@@ -77,9 +74,9 @@ def decomposed_rel_pos(
 
     Source: `add_decomposed_rel_pos` of segment_anything-fast returns the same pair.
     """
-    grids = _check_grids(q_size, k_size, rel_pos_t)
-    tables_by_axis = _check_queries(q, grids[0], rel_pos_h, rel_pos_w, rel_pos_t, 0)
-    q, tables_by_axis = _autocast(q, tables_by_axis)
+    grids = _checks.check_grids(q_size, k_size, rel_pos_t)
+    tables_by_axis = _checks.check_queries(q, grids[0], rel_pos_h, rel_pos_w, rel_pos_t, 0)
+    q, tables_by_axis = _checks.autocast(q, tables_by_axis)
     *rel_t, rel_h, rel_w = (t.to(q.dtype) for t in tables_by_axis)
     return reference.decomposed_rel_pos(q, rel_h, rel_w, *grids, rel_pos_t=rel_t[0] if rel_t else None)
 
@@ -126,11 +123,11 @@ def add_decomposed_rel_pos(
     Source: the function of the same name in segment_anything, detectron2 and their descendants; with
     ``num_prefix_tokens=1`` and ``rel_pos_t``, the relative position of MViTv2.
     """
-    q_grid, k_grid = _check_grids(q_size, k_size, rel_pos_t)
-    prefix = _check_size("num_prefix_tokens", num_prefix_tokens, least=0)
-    tables_by_axis = _check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
-    q, tables_by_axis = _autocast(q, tables_by_axis)
-    _check_logits(attn, q, prefix + math.prod(q_grid), prefix + math.prod(k_grid))
+    q_grid, k_grid = _checks.check_grids(q_size, k_size, rel_pos_t)
+    prefix = _checks.check_size("num_prefix_tokens", num_prefix_tokens, least=0)
+    tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
+    q, tables_by_axis = _checks.autocast(q, tables_by_axis)
+    _checks.check_logits(attn, q, prefix + math.prod(q_grid), prefix + math.prod(k_grid))
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
     if inplace and torch.compiler.is_compiling():  # functionalised anyway
@@ -138,83 +135,60 @@ def add_decomposed_rel_pos(
     return AddDecomposedRelPos.apply(attn, q, table, index, q_grid, k_grid, prefix, inplace)
 
 
-# ---- checks: argument, wanted, got
+def rel_pos_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    q_size: Sequence[int],
+    k_size: Sequence[int],
+    *,
+    scale: float | None = None,
+    rel_pos_t: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+) -> Tensor:
+    """Attention with the decomposed relative position term; the logits and the bias are never stored whole.
 
+    ``out = softmax(scale * q k^T + bias) v`` with ``bias[m, (i, j)] = rel_h[m, i] + rel_w[m, j]``, which is made of the
+    unscaled ``q``. A chunk of query rows at a time is computed, in float32 for half precision, and computed again in
+    the backward. This version does so in plain PyTorch on every device; kernels follow.
 
-def _check_size(name: str, value: int, least: int = 1) -> int:
-    try:
-        size = operator.index(value)  # torch.compile: a symbolic size becomes a constant
-    except TypeError:
-        size = None
-    if size is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if size < least:
-        raise ValueError(f"{name} must be at least {least}, got {size}")
-    return size
+    Args:
+        q: Unscaled queries ``[B, heads, S_q, D]`` or ``[B * heads, S_q, D]``, any strides (views of a packed qkv are
+            fine); float16, bfloat16, float32 or float64; any device.
+        k, v: Keys and values ``[B, heads, S_k, D]`` or ``[B * heads, S_k, D]``, with the leading axes, dtype and device
+            of ``q``; any strides.
+        rel_pos_h, rel_pos_w: Learned tables ``[L, D]`` in the dtype of ``q`` or float32, on its device; interpolated
+            linearly where ``L`` is not ``2 * max(q, k) - 1`` of their axis.
+        q_size, k_size: Grids of the queries and of the keys, ``(h, w)``; ``(t, h, w)`` with ``rel_pos_t``.
+        scale: Multiplies ``q k^T`` and never the bias. Default ``D ** -0.5``.
+        rel_pos_t: Table of the temporal axis, for video.
+        num_prefix_tokens: Class tokens in front of both grids, counted in ``S_q`` and ``S_k``; they attend and are
+            attended to without bias.
 
+    Returns:
+        ``[B, heads, S_q, D]`` or ``[B * heads, S_q, D]`` in the dtype of ``q``; in the first case a view of memory
+        ``[B, S_q, heads, D]``, so that ``out.transpose(1, 2).flatten(2)`` is no copy. Differentiable once in ``q``,
+        ``k``, ``v`` and the tables; bitwise deterministic. Under autocast all take its dtype, as for
+        scaled_dot_product_attention.
 
-def _check_grids(
-    q_size: Sequence[int], k_size: Sequence[int], rel_pos_t: Tensor | None
-) -> tuple[tables.Grid, tables.Grid]:
-    axes, wanted = (2, "(h, w)") if rel_pos_t is None else (3, "(t, h, w), because rel_pos_t is given")
-    grids = []
-    for name, size in (("q_size", q_size), ("k_size", k_size)):
-        if isinstance(size, Tensor) or not isinstance(size, Sequence) or len(size) != axes:
-            raise ValueError(f"{name} must be {wanted}, got {size!r}")
-        grids.append(tuple(_check_size(f"{name}[{a}]", n) for a, n in enumerate(size)))
-    return grids[0], grids[1]
+    Raises:
+        ValueError: shapes, sizes or devices do not fit together, or ``scale`` is not finite (the message names
+            argument, wanted, got).
+        TypeError: a dtype is not supported, or ``scale`` is not a number.
 
-
-def _check_table(name: str, table: Tensor, q: Tensor | None) -> None:
-    if table.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be floating point, got {table.dtype}")
-    wanted = "[L, D]" if q is None else f"[L, {q.shape[-1]}]"
-    if table.dim() != 2 or table.numel() == 0 or (q is not None and table.shape[1] != q.shape[-1]):
-        raise ValueError(f"{name} must be {wanted}, got {list(table.shape)}")
-    if q is None:
-        return
-    if table.device != q.device:
-        raise ValueError(f"{name} must be on {q.device} like q, got {table.device}")
-    if table.dtype not in (q.dtype, torch.float32) and not torch.is_autocast_enabled(q.device.type):
-        raise TypeError(f"{name} must be {q.dtype} like q, or torch.float32, got {table.dtype}")
-
-
-def _check_queries(
-    q: Tensor, q_grid: tables.Grid, rel_pos_h: Tensor, rel_pos_w: Tensor, rel_pos_t: Tensor | None, prefix: int
-) -> list[Tensor]:
-    """Checks ``q`` and the tables; returns the tables in the order of the axes."""
-    if q.dtype not in _DTYPES:
-        raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
-    tokens = prefix + math.prod(q_grid)
-    if q.dim() not in (3, 4) or q.shape[-1] == 0:
-        raise ValueError(f"q must be [B, heads, S, D] or [B * heads, S, D], got {list(q.shape)}")
-    if q.shape[-2] != tokens:
-        grid = " * ".join(map(str, q_grid)) + (f" + {prefix} prefix" if prefix else "")
-        raise ValueError(f"q must have S = {grid} = {tokens} tokens, got {q.shape[-2]} in {list(q.shape)}")
-    named = [("rel_pos_t", rel_pos_t), ("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)]
-    present = [(name, t) for name, t in named if t is not None]
-    for name, table in present:
-        _check_table(name, table, q)
-    return [table for _, table in present]
-
-
-def _check_logits(attn: Tensor, q: Tensor, rows: int, columns: int) -> None:
-    if attn.dtype != q.dtype and not (attn.dtype == torch.float32 and q.dtype != torch.float64):
-        raise TypeError(f"attn must be {q.dtype} like q, or torch.float32 with half precision, got {attn.dtype}")
-    if attn.device != q.device:
-        raise ValueError(f"attn must be on {q.device} like q, got {attn.device}")
-    groups = math.prod(q.shape[:-2])
-    if attn.dim() < 2 or attn.shape[-2:] != (rows, columns) or math.prod(attn.shape[:-2]) != groups:
-        raise ValueError(
-            f"attn must be [..., {rows}, {columns}] with {groups} = {' * '.join(map(str, q.shape[:-2]))} "
-            f"matrices, got {list(attn.shape)}"
-        )
-
-
-def _autocast(q: Tensor, tables_by_axis: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """As for scaled_dot_product_attention: under autocast, queries take its dtype (tables are rounded in the op)."""
-    kind = q.device.type
-    if kind == "meta" or q.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
-        return q, tables_by_axis
-    q = q.to(torch.get_autocast_dtype(kind))
-    return q, [t if t.dtype == torch.float32 else t.to(q.dtype) for t in tables_by_axis]
+    Source: the attention of segment_anything's image encoder, of ViTDet and of MViTv2 (https://arxiv.org/abs/2112.01526)
+    between their two Linear layers; no masks, no dropout.
+    """
+    q_grid, k_grid = _checks.check_grids(q_size, k_size, rel_pos_t)
+    prefix = _checks.check_size("num_prefix_tokens", num_prefix_tokens, least=0)
+    tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
+    scale = _checks.check_scale(scale, q.shape[-1])
+    q, tables_by_axis = _checks.autocast(q, tables_by_axis)
+    k, v = (t.to(_checks.autocast_dtype(t)) for t in (k, v))
+    for name, keys in (("k", k), ("v", v)):
+        _checks.check_keys(name, keys, q, prefix + math.prod(k_grid))
+    table = tables.stack(tables_by_axis, q_grid, k_grid)
+    index = tables.lookup(q_grid, k_grid, q.device)
+    return attention(q, k, v, table, index, q_grid, k_grid, prefix, scale)

@@ -63,3 +63,31 @@ def add_decomposed_rel_pos(
     if p:
         bias = torch.nn.functional.pad(bias, (p, 0, p, 0))
     return attn.add_(bias.reshape(attn.shape)) if inplace else attn + bias.reshape(attn.shape)
+
+
+def rel_pos_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rel_pos_h: Tensor,
+    rel_pos_w: Tensor,
+    q_size: tables.Grid,
+    k_size: tables.Grid,
+    *,
+    scale: float | None = None,
+    rel_pos_t: Tensor | None = None,
+    num_prefix_tokens: int = 0,
+) -> Tensor:
+    """``softmax(scale * q k^T + bias) v``; the bias is that of the unscaled ``q``."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    logits = add_decomposed_rel_pos(
+        (q * scale) @ k.mT,
+        q,
+        rel_pos_h,
+        rel_pos_w,
+        q_size,
+        k_size,
+        rel_pos_t=rel_pos_t,
+        num_prefix_tokens=num_prefix_tokens,
+    )
+    return logits.softmax(-1) @ v

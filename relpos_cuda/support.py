@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _loader, tables
+from . import _loader, _ops, tables
 
 
 def is_supported(
@@ -19,19 +19,27 @@ def is_supported(
     k_size: tables.Grid,
     *,
     num_prefix_tokens: int = 0,
+    op: str = "logits",
 ) -> str | None:
-    """Whether :func:`relpos_cuda.add_decomposed_rel_pos` runs its fused kernels on this problem.
+    """Whether a public function runs its fused kernels on this problem.
 
     Args:
         q: Queries as for the op, ``[B, heads, S, D]`` or ``[G, S, D]``; only shape, dtype and device are read.
         q_size, k_size: Grids, ``(h, w)`` or ``(t, h, w)``.
         num_prefix_tokens: Class tokens in front of both grids.
+        op: ``"logits"`` for :func:`relpos_cuda.add_decomposed_rel_pos`, ``"attention"`` for
+            :func:`relpos_cuda.rel_pos_attention`.
 
     Returns:
         None if a fused kernel takes it; otherwise the reason why the slower PyTorch path will be used.
+
+    Raises:
+        ValueError: There is no such ``op``.
     """
+    if op not in ("logits", "attention"):
+        raise ValueError(f'op must be "logits" or "attention", got {op!r}')
     head_dim = operator.index(q.shape[-1])  # torch.compile: a symbolic size becomes a constant
-    return _constant(q.device, q.dtype, tuple(q_size), tuple(k_size), head_dim, num_prefix_tokens)
+    return _constant(q.device, q.dtype, tuple(q_size), tuple(k_size), head_dim, num_prefix_tokens, op)
 
 
 def _constant(*problem: Any) -> str | None:
@@ -50,15 +58,18 @@ def refusal(
     k_size: tables.Grid,
     head_dim: int,
     num_prefix_tokens: int,
+    op: str = "logits",
 ) -> str | None:
     """The reason, from plain values."""
     if device.type not in ("cpu", "cuda"):
         return f"there is no kernel for {device.type} tensors"
     if device.type == "cpu":
-        return None if _loader.load("cpu") else f"the CPU library is not usable: {_loader.status()['cpu'].reason}"
+        return _without_kernels("cpu", op)
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float64:
         return "float64 has no CUDA kernel"
+    if op == "attention":  # the planner does not know it yet
+        return _without_kernels("cuda", op) if torch.cuda.is_available() else "attention has no CUDA kernel yet"
     planner = _loader.plan()
     if planner is None:
         return "the planner is not built"
@@ -68,9 +79,13 @@ def refusal(
             return str(plan.refusal)
     if not tables.one_to_one(q_size, k_size):
         return f"two keys share a table row for q_size={q_size}, k_size={k_size}"
-    if torch.cuda.is_available() and not _loader.load("cuda"):
-        return f"the CUDA library is not usable: {_loader.status()['cuda'].reason}"
-    return None
+    return _without_kernels("cuda", op) if torch.cuda.is_available() else None
+
+
+def _without_kernels(kind: str, op: str) -> str | None:
+    if not _loader.load(kind):
+        return f"the {kind.upper()} library is not usable: {_loader.status()[kind].reason}"
+    return None if _ops.has_kernel(f"{op}_fwd", kind) else f"the {kind.upper()} library has no {op} kernel"
 
 
 def _arch(device: torch.device) -> int:
@@ -96,3 +111,12 @@ def fused(q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens
     if not torch.compiler.is_compiling():
         warn_once(reason)
     return False
+
+
+def explain_attention(q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int) -> None:
+    """Warns where a kernel could be expected and there is none; why there is no CPU library was said by its loader."""
+    if q.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
+        return
+    reason = is_supported(q, q_size, k_size, num_prefix_tokens=num_prefix_tokens, op="attention")
+    if reason and (q.is_cuda or _loader.load("cpu")):
+        warn_once(reason)

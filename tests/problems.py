@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 NAMES = ("out", "attn", "q", "rel_pos_h", "rel_pos_w", "rel_pos_t")
+ATTENTION_NAMES = ("out", "q", "k", "v", "rel_pos_h", "rel_pos_w", "rel_pos_t")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,3 +158,48 @@ def run(
     out = call(function, problem, attn * 1, q, tables, **more)  # no leaf: in place is allowed
     grads = torch.autograd.grad(out, leaves, inputs.grad.to(device, out.dtype))
     return [out, *grads]
+
+
+# ---- attention
+
+
+@dataclasses.dataclass
+class AttentionInputs:
+    """As Inputs; ``tensors`` are q, k, v and the tables h, w(, t)."""
+
+    tensors: list[Tensor]
+    grad: Tensor
+
+    def leaves(self, dtype: torch.dtype, device: str = "cpu") -> list[Tensor]:
+        return [t.to(device, dtype, copy=True).requires_grad_() for t in self.tensors]
+
+
+def draw_attention(problem: Problem, dtype: torch.dtype, seed: int = 0) -> AttentionInputs:
+    p, generator = problem, torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * std).to(dtype).double()
+
+    queries = (p.batch, p.heads, p.rows, p.head_dim)
+    keys = (p.batch, p.heads, p.columns, p.head_dim)
+    tables = [normal(p.table_rows(axis), p.head_dim, std=p.head_dim**-0.5) for axis in range(len(p.q_size))]
+    return AttentionInputs(
+        tensors=[normal(*queries), normal(*keys), normal(*keys), *tables[-2:], *tables[:-2]],
+        grad=normal(*queries),
+    )
+
+
+def call_attention(function, problem: Problem, tensors: list[Tensor], **more) -> Tensor:
+    """The public signature, with the tables of a problem."""
+    t = tensors[5] if len(tensors) == 6 else None
+    grids = (problem.q_size, problem.k_size)
+    return function(*tensors[:5], *grids, rel_pos_t=t, num_prefix_tokens=problem.prefix, **more)
+
+
+def run_attention(
+    function, problem: Problem, inputs: AttentionInputs, dtype: torch.dtype, device: str = "cpu", **more
+) -> list[Tensor]:
+    """``out`` and the gradients of q, k, v and every table, in the order of ATTENTION_NAMES."""
+    leaves = inputs.leaves(dtype, device)
+    out = call_attention(function, problem, leaves, **more)
+    return [out, *torch.autograd.grad(out, leaves, inputs.grad.to(device, out.dtype))]

@@ -110,6 +110,57 @@ def test_get_rel_pos(q_size, k_size, table, error, message):
         relpos_cuda.get_rel_pos(q_size, k_size, table)
 
 
+def good_attention(**changes) -> dict:
+    arguments = good()
+    del arguments["attn"]
+    return arguments | {"k": torch.zeros(2, 3, 20, 8), "v": torch.zeros(2, 3, 20, 8)} | changes
+
+
+KEYS = [
+    ({"k": torch.zeros(2, 3, 20, 9)}, ValueError, r"k must be \[2, 3, 20, 8\] to go with q.*got \[2, 3, 20, 9\]"),
+    ({"v": torch.zeros(2, 3, 19, 8)}, ValueError, r"v must be \[2, 3, 20, 8\].*got \[2, 3, 19, 8\]"),
+    ({"v": torch.zeros(6, 20, 8)}, ValueError, r"v must be \[2, 3, 20, 8\].*got \[6, 20, 8\]"),
+    ({"k": torch.zeros(2, 1, 20, 8)}, ValueError, r"k must be .*got \[2, 1, 20, 8\]"),
+    ({"k": torch.zeros(2, 3, 20, 8).half()}, TypeError, r"k must be torch.float32 like q, got torch.float16"),
+    ({"v": torch.zeros(2, 3, 20, 8).long()}, TypeError, r"v must be torch.float32 like q, got torch.int64"),
+    ({"v": torch.zeros(2, 3, 20, 8, device="meta")}, ValueError, r"v must be on cpu like q, got meta"),
+    ({"k_size": (5, 5)}, ValueError, r"k must be \[2, 3, 25, 8\] to go with q and k_size, got \[2, 3, 20, 8\]"),
+]
+SCALES = [
+    ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+    ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ({"scale": "0.5"}, TypeError, "scale must be a float or None, got '0.5'"),
+    ({"scale": True}, TypeError, "scale must be a float or None, got True"),
+    ({"scale": torch.tensor(0.5)}, TypeError, r"scale must be a float or None, got tensor\(0.5000\)"),
+]
+
+
+@pytest.mark.parametrize(
+    "changes,error,message", [*QUERIES, *TABLES, *(s for s in SIZES if "attn" not in s[2]), *KEYS, *SCALES]
+)
+def test_rel_pos_attention(changes: dict, error: type[Exception], message: str):
+    relpos_cuda.rel_pos_attention(**good_attention())
+    with pytest.raises(error, match=message):
+        relpos_cuda.rel_pos_attention(**good_attention(**changes))
+
+
+def test_mixed_dtypes_under_autocast():
+    """Where scaled_dot_product_attention rounds all three, so do we; integers and float64 stay errors."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (
+            relpos_cuda.rel_pos_attention(**good_attention(k=torch.zeros(2, 3, 20, 8).half())).dtype == torch.bfloat16
+        )
+        with pytest.raises(TypeError, match="v must be torch.bfloat16 like q, got torch.int64"):
+            relpos_cuda.rel_pos_attention(**good_attention(v=torch.zeros(2, 3, 20, 8).long()))
+        with pytest.raises(TypeError, match="k must be torch.bfloat16 like q, got torch.float64"):
+            relpos_cuda.rel_pos_attention(**good_attention(k=torch.zeros(2, 3, 20, 8).double()))
+
+
+def test_is_supported_knows_two_ops():
+    with pytest.raises(ValueError, match='op must be "logits" or "attention", got \'bias\''):
+        relpos_cuda.is_supported(torch.zeros(1, 4, 8), (2, 2), (2, 2), op="bias")
+
+
 def test_in_place_on_a_leaf_is_refused_as_everywhere():
     leaf = torch.zeros(2, 3, 20, 20, requires_grad=True)
     with pytest.raises(RuntimeError, match="leaf Variable"):
@@ -119,6 +170,10 @@ def test_in_place_on_a_leaf_is_refused_as_everywhere():
 def test_second_derivatives_are_refused():
     q = torch.randn(2, 3, 20, 8, requires_grad=True)
     out = relpos_cuda.add_decomposed_rel_pos(**good(q=q, rel_pos_h=torch.randn(7, 8)))
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+    out = relpos_cuda.rel_pos_attention(**good_attention(q=q))
     (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 import relpos_cuda
 from checks import assert_close_as_eager
 from problems import MODELS, NAMES, TINY, Problem, draw, run
-from relpos_cuda import _fallback, _ops, reference, support
+from relpos_cuda import _fallback, _loader, _ops, reference, support
 
 ours, eager = relpos_cuda.add_decomposed_rel_pos, reference.add_decomposed_rel_pos
 SHARED_ROW = Problem("two_keys_share_a_row", (99, 1), (117, 2), 8, heads=1)
@@ -72,6 +74,83 @@ def test_one_warning_says_why():
         "relpos_cuda: using the slower PyTorch path: reason one",
         "relpos_cuda: using the slower PyTorch path: reason two",
     ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_under_autocast(dtype: torch.dtype, without_kernels):
+    """Inside the op nothing is rounded to autocast's dtype: einsum and matmul would be."""
+    problem = TINY[0]
+    inputs = draw(problem, dtype)
+    exact, rival = (run(eager, problem, inputs, d) for d in (torch.float64, dtype))
+    leaves = inputs.leaves(dtype, "cpu")
+    out, q = (t.detach().clone() for t in leaves[:2])
+    index = relpos_cuda.tables.lookup(problem.q_size, problem.k_size, out.device)
+    table = torch.cat([t.detach() for t in leaves[2:]])
+    with torch.autocast("cpu", dtype=torch.float16 if dtype == torch.bfloat16 else torch.bfloat16):
+        _fallback.logits_fwd(out, None, q, table, index, problem.q_size, problem.k_size, 0)
+    assert_close_as_eager(out, rival[0], exact[0], "out")
+
+
+def test_a_library_without_a_kernel_of_that_name(monkeypatch: pytest.MonkeyPatch):
+    """The library is there and the op still has no kernel: the PyTorch path, not the same call for ever."""
+    monkeypatch.setattr(_loader, "load", lambda kind: True)
+    monkeypatch.setattr(_ops, "has_kernel", lambda name, device: False)
+    support.refusal.cache_clear()
+    q, table = torch.randn(1, 6, 8), torch.zeros(5, 8)
+    try:
+        assert "no attention kernel" in relpos_cuda.is_supported(q, (2, 3), (2, 3), op="attention")
+        out = relpos_cuda.rel_pos_attention(q, q, q, table, table, (2, 3), (2, 3))
+    finally:
+        support.refusal.cache_clear()
+    torch.testing.assert_close(out, (q * 8**-0.5 @ q.mT).softmax(-1) @ q)
+
+
+PICKS_UP = """
+import warnings
+import torch, relpos_cuda
+from relpos_cuda import _fallback_attention, _loader, support
+q, table = torch.randn(1, 6, 8), torch.zeros(5, 8)
+assert not relpos_cuda._ops.has_kernel("attention_fwd", "cpu")
+calls = []
+
+def load(kind):
+    if not calls:  # the library comes with the first call, and with it the kernel
+        calls.append("loaded")
+        torch.library.impl("relpos_cuda::attention_fwd", "CPU", func=kernel, lib=library)
+    return True
+
+def kernel(*args):
+    calls.append("kernel")
+    _fallback_attention.attention_fwd(*args)
+
+library = torch.library.Library("relpos_cuda", "IMPL")
+_loader.load = load
+warnings.simplefilter("error")
+for _ in range(2):
+    relpos_cuda.rel_pos_attention(q, q, q, table, table, (2, 3), (2, 3))
+assert calls == ["loaded", "kernel", "kernel"], calls
+assert relpos_cuda.is_supported(q, (2, 3), (2, 3), op="attention") is None
+"""
+
+
+def test_a_kernel_is_picked_up_as_soon_as_there_is_one():
+    if relpos_cuda._ops.has_kernel("attention_fwd", "cpu"):
+        pytest.skip("the library has one")
+    done = subprocess.run([sys.executable, "-c", PICKS_UP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_attention_says_once_why_it_is_slow(real_device: str):
+    q, table = torch.zeros(1, 6, 8, device=real_device), torch.zeros(5, 8, device=real_device)
+    reason = relpos_cuda.is_supported(q, (2, 3), (2, 3), op="attention")
+    assert relpos_cuda.is_supported(q, (2, 3), (2, 3)) is None
+    support.warn_once.cache_clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            relpos_cuda.rel_pos_attention(q, q, q, table, table, (2, 3), (2, 3))
+    expected = [f"relpos_cuda: using the slower PyTorch path: {reason}"] if reason else []
+    assert [str(w.message) for w in caught] == expected
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")

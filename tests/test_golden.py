@@ -64,21 +64,33 @@ def test_logits(name: str, inplace: bool, device: str):
         assert_close_as_eager(value, arrays[key], exact[key], key)
 
 
-def attention(function, arrays: dict, meta: dict, dtype: torch.dtype, device: str = "cpu", **more) -> dict:
+def attention(function, arrays: dict, meta: dict, dtype: torch.dtype, device: str = "cpu") -> dict:
     names = ("q", "k", "v", "rel_pos_h", "rel_pos_w")
     leaves = {n: arrays[n].to(device, dtype, copy=True).requires_grad_() for n in names}
-    scores = (leaves["q"] * meta["scale"]) @ leaves["k"].mT
-    scores = function(scores, leaves["q"], leaves["rel_pos_h"], leaves["rel_pos_w"], **grids(arrays, meta), **more)
-    out = scores.softmax(-1) @ leaves["v"]
+    out = function(*leaves.values(), **grids(arrays, meta), scale=meta["scale"])
     grads = torch.autograd.grad(out, list(leaves.values()), arrays["grad_out"].to(device, dtype))
     return {"out": out, **{f"d{n}": g for n, g in zip(names, grads, strict=True)}}
 
 
+def on_the_logits_op(q, k, v, *tables, scale: float, **grids) -> torch.Tensor:
+    logits = relpos_cuda.add_decomposed_rel_pos((q * scale) @ k.mT, q, *tables, **grids, inplace=True)
+    return logits.softmax(-1) @ v
+
+
 @pytest.mark.parametrize("name", ATTENTION)
 def test_attention_built_on_the_logits_op(name: str, device: str):
+    compare_attention(on_the_logits_op, name, device)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention(name: str, real_device: str):
+    compare_attention(relpos_cuda.rel_pos_attention, name, real_device)
+
+
+def compare_attention(function, name: str, device: str) -> None:
     arrays, meta = load(name)
-    exact = attention(reference.add_decomposed_rel_pos, arrays, meta, torch.float64)
-    got = attention(relpos_cuda.add_decomposed_rel_pos, arrays, meta, torch.float32, device, inplace=True)
+    exact = attention(reference.rel_pos_attention, arrays, meta, torch.float64)
+    got = attention(function, arrays, meta, torch.float32, device)
     largest = max(e.abs().max().item() for e in exact.values())
     for key, value in got.items():
         if exact[key].abs().max() < 1e-9 * largest:  # one row of keys: its gradient is zero up to rounding

@@ -92,7 +92,7 @@ def test_cuda_library_for_every_arch(monkeypatch: pytest.MonkeyPatch):
     code = f"""
 import torch, relpos_cuda
 torch.ops.load_library({str(library)!r})
-for op in relpos_cuda._ops.SCHEMAS:
+for op in ("logits_fwd", "logits_bwd"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key("relpos_cuda::" + op, "CUDA"), op
 """
     done = python("-c", code)

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import relpos_cuda
 from relpos_cuda import _env
@@ -16,10 +17,13 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs():
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    on_logits, whole = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
-    exec(example, names)
+    exec(on_logits, names)
+    expected = names["out"]
+    exec(whole, names)
     assert names["out"].shape == (1, 12, 64 * 64, 64)
+    torch.testing.assert_close(names["out"], expected)
 
 
 def test_environment_table():

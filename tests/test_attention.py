@@ -1,0 +1,297 @@
+"""rel_pos_attention: values, every gradient, layouts, extremes, chunks, determinism, memory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import relpos_cuda
+from checks import assert_close_as_eager, assert_exact_as_float64
+from problems import ATTENTION_NAMES, MODELS, TINY, Problem, call_attention, draw_attention, run_attention, same
+from relpos_cuda import _fallback_attention, _ops, reference
+
+HALVES = [torch.bfloat16, torch.float16]
+ours, eager = relpos_cuda.rel_pos_attention, reference.rel_pos_attention
+
+# More groups where there are few queries: of a sum over two, eager can be exact by luck.
+PROBLEMS = [p if p.rows > 3 else dataclasses.replace(p, batch=1 if p.columns > 999 else 8, heads=8) for p in TINY]
+# Fewer heads: the float64 reference is what takes the time.
+SOME_MODELS = [
+    same("sam_b_window", 14, 14, 64, batch=2, heads=1),
+    same("sam_h_window", 14, 14, 80, heads=2),
+    same("global_20_interpolated", 20, 20, 64, heads=1, table=127),
+    Problem("mvitv2_stage2_cls", (28, 28), (7, 7), 96, heads=1, prefix=1),
+    Problem("video_cls", (4, 7, 7), (4, 7, 7), 96, heads=1, prefix=1),
+    *(p for p in MODELS if p.name in ("slimsam_window", "mvitv2_large_cls", "slowfast_fraction")),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tensors are tiny: on a busy machine, threads that wait for each other take ten times as long as the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def compare(problem: Problem, inputs, dtype: torch.dtype, device: str, **more) -> None:
+    exact = run_attention(eager, problem, inputs, torch.float64, **more)
+    rival = run_attention(eager, problem, inputs, dtype, device, **more)
+    got = run_attention(ours, problem, inputs, dtype, device, **more)
+    for name, g, r, e in zip(ATTENTION_NAMES, got, rival, exact, strict=False):
+        assert_close_as_eager(g, r, e, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("problem", [*PROBLEMS, *SOME_MODELS], ids=str)
+def test_same_as_the_formula(problem: Problem, dtype: torch.dtype, real_device: str):
+    compare(problem, draw_attention(problem, dtype), dtype, real_device)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1, 2.5])
+def test_scale(scale: float, real_device: str):
+    problem = same("scale", 4, 5, 16)
+    compare(problem, draw_attention(problem, torch.float32), torch.float32, real_device, scale=scale)
+
+
+@pytest.mark.parametrize("problem", [*PROBLEMS, SOME_MODELS[0]], ids=str)
+def test_float64(problem: Problem):
+    inputs = draw_attention(problem, torch.float64)
+    exact = run_attention(eager, problem, inputs, torch.float64)
+    got = run_attention(ours, problem, inputs, torch.float64)
+    for name, g, e in zip(ATTENTION_NAMES, got, exact, strict=False):
+        assert_exact_as_float64(g, e, name)
+
+
+@pytest.mark.parametrize("chunk", [1, 1 << 20])
+@pytest.mark.parametrize(
+    "problem", [Problem("small", (2, 2), (3, 1), 3, prefix=1), Problem("video", (2, 1, 1), (1, 2, 3), 2)], ids=str
+)
+def test_gradcheck(problem: Problem, chunk: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", chunk)
+    leaves = draw_attention(problem, torch.float64).leaves(torch.float64)
+    assert torch.autograd.gradcheck(lambda *tensors: call_attention(ours, problem, list(tensors), scale=0.7), leaves)
+
+
+def test_lse(real_device: str):
+    problem = Problem("lse", (4, 5), (2, 3), 16, batch=2, heads=3, prefix=1)
+    q, k, v, *tables = (t.detach() for t in draw_attention(problem, torch.float32).leaves(torch.float32, real_device))
+    grids = (problem.q_size, problem.k_size)
+    table, index = relpos_cuda.tables.stack(tables, *grids), relpos_cuda.tables.lookup(*grids, q.device)
+    lse = torch.empty(6, 21, device=real_device)
+    _ops.attention_fwd(torch.empty_like(q), lse, q, k, v, table, index, *grids, 1, 0.3)
+    logits = reference.add_decomposed_rel_pos(0.3 * q @ k.mT, q, *tables, *grids, num_prefix_tokens=1)
+    torch.testing.assert_close(lse, logits.logsumexp(-1).flatten(0, 1))
+
+
+# ---- extremes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_large_bias(dtype: torch.dtype, real_device: str):
+    """Standard deviation 8: rows of the softmax are nearly one-hot."""
+    problem = same("large_bias", 8, 9, 32)
+    inputs = draw_attention(problem, dtype)
+    for table in inputs.tensors[3:]:
+        table *= 8
+    compare(problem, inputs, dtype, real_device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+def test_one_huge_logit(dtype: torch.dtype, real_device: str):
+    problem = same("huge", 6, 7, 16)
+    inputs = draw_attention(problem, dtype)
+    inputs.tensors[0][0, 0, 5] *= 64
+    inputs.tensors[1][0, 0, 11] *= 64
+    compare(problem, inputs, dtype, real_device)
+
+
+def test_logits_beyond_float16(real_device: str):
+    """They overflow in eager half precision; in float32 sums they do not."""
+    problem = same("beyond", 4, 5, 16)
+    inputs = draw_attention(problem, torch.float16)
+    for t in inputs.tensors[:2]:
+        t *= 256
+    exact = run_attention(eager, problem, inputs, torch.float64)
+    rival = run_attention(eager, problem, inputs, torch.float16, real_device)
+    got = run_attention(ours, problem, inputs, torch.float16, real_device)
+    assert not torch.isfinite(rival[0]).all()
+    assert all(torch.isfinite(g).all() for g in got)
+    torch.testing.assert_close(got[0].cpu().double(), exact[0], rtol=2**-10, atol=2**-10)
+
+
+# ---- layouts
+
+
+def packed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """q, k, v as views of one [B, S, 3, heads, D], as models produce them."""
+    qkv = torch.stack([t.transpose(1, 2) for t in tensors[:3]], dim=2)
+    return [*qkv.permute(2, 0, 3, 1, 4), *tensors[3:]]
+
+
+def with_strided_last_axis(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [*(t.mT.contiguous().mT for t in tensors[:3]), *tensors[3:]]
+
+
+def with_odd_row_stride(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [*(torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for t in tensors[:3]), *tensors[3:]]
+
+
+@pytest.mark.parametrize("layout", [packed, with_strided_last_axis, with_odd_row_stride])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_strides(layout, dtype: torch.dtype, real_device: str):
+    problem = same("strided", 4, 8, 16, batch=2, heads=3)
+    inputs = draw_attention(problem, dtype)
+    expected = run_attention(ours, problem, inputs, dtype, real_device)
+    leaves = inputs.leaves(dtype, real_device)
+    out = call_attention(ours, problem, layout(leaves))
+    grads = torch.autograd.grad(out, leaves, inputs.grad.to(real_device, dtype))
+    for name, got, want in zip(ATTENTION_NAMES, (out, *grads), expected, strict=False):
+        torch.testing.assert_close(got, want, msg=name)
+
+
+def test_packed_views_are_not_copied_and_heads_come_out_merged(monkeypatch: pytest.MonkeyPatch):
+    problem = same("packed", 4, 8, 16, batch=2, heads=3)
+    tensors = packed([t.detach() for t in draw_attention(problem, torch.float32).leaves(torch.float32)])
+    seen = []
+    original = _ops.attention_fwd
+    monkeypatch.setattr(_ops, "attention_fwd", lambda *args: (seen.append(args[2:5]), original(*args)))
+    out = call_attention(ours, problem, tensors)
+    assert [t.data_ptr() for t in seen[0]] == [t.data_ptr() for t in tensors[:3]]
+    merged = out.transpose(1, 2).flatten(2)
+    assert out.shape == (2, 3, 32, 16) and merged.data_ptr() == out.data_ptr() and merged.is_contiguous()
+
+
+def test_three_and_four_dimensional_q_agree(real_device: str):
+    problem = same("dims", 5, 6, 24, batch=2, heads=3)
+    inputs = draw_attention(problem, torch.float32)
+    four = run_attention(ours, problem, inputs, torch.float32, real_device)
+    inputs.tensors[:3] = [t.flatten(0, 1) for t in inputs.tensors[:3]]
+    inputs.grad = inputs.grad.flatten(0, 1)
+    three = run_attention(ours, problem, inputs, torch.float32, real_device)
+    assert three[0].shape == (6, 30, 24) and three[0].is_contiguous()
+    for name, a, b in zip(ATTENTION_NAMES, three, four, strict=False):
+        torch.testing.assert_close(a, b.reshape(a.shape), msg=name)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed"])
+def test_gradient_of_any_layout(layout: str, real_device: str):
+    problem = same("grad", 4, 5, 16)
+    leaves = draw_attention(problem, torch.float32).leaves(torch.float32, real_device)
+    out = call_attention(ours, problem, leaves)
+    ones = torch.ones_like(out)
+    grad = ones[:1, :1, :1, :1].expand_as(out) if layout == "expanded" else ones.mT.contiguous().mT
+    got = torch.autograd.grad(out, leaves, grad, retain_graph=True)
+    want = torch.autograd.grad(out, leaves, ones)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4], [0, 2], [1, 3], [2, 4]])
+def test_only_the_gradients_that_are_asked_for(wanted: list[int], real_device: str, monkeypatch: pytest.MonkeyPatch):
+    problem = same("some", 4, 5, 16)
+    inputs = draw_attention(problem, torch.float32)
+    every = run_attention(ours, problem, inputs, torch.float32, real_device)[1:]
+    leaves = inputs.leaves(torch.float32, real_device)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    asked = []
+    original = _ops.attention_bwd
+    monkeypatch.setattr(_ops, "attention_bwd", lambda *args: (asked.append(args[:4]), original(*args)))
+    out = call_attention(ours, problem, leaves)
+    got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(real_device, torch.float32))
+    assert all(torch.equal(g, every[i]) for g, i in zip(got, wanted, strict=True))
+    assert [t is not None for t in asked[0]] == [0 in wanted, 1 in wanted, 2 in wanted, bool({3, 4} & set(wanted))]
+
+
+# ---- chunks, determinism, memory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", ["one_row", "ragged_rows", "some_heads", "some_batch_elements"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        same("square", 3, 5, 16, batch=3, heads=5),
+        Problem("class_tokens", (2, 3), (4, 6), 16, batch=2, heads=3, prefix=3),
+        Problem("video_class", (2, 2, 3), (2, 2, 3), 16, batch=2, heads=3, prefix=1),
+    ],
+    ids=str,
+)
+def test_chunks(problem: Problem, budget: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Chunks end inside the class tokens, inside a row of the grid, between heads, between batch elements."""
+    rows = {"one_row": 0.5, "ragged_rows": 5, "some_heads": 2 * problem.rows}
+    fit = rows.get(budget, 2 * problem.heads * problem.rows)
+    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", int(4 * problem.columns * fit))
+    seen = []
+    original = _fallback_attention._logits
+    monkeypatch.setattr(
+        _fallback_attention, "_logits", lambda q, *args: (seen.append(q.shape[:3].numel()), original(q, *args))[1]
+    )
+    compare(problem, draw_attention(problem, dtype), dtype, "cpu")
+    assert max(seen) == max(1, int(fit)) and sum(seen) == 2 * problem.batch * problem.heads * problem.rows
+
+
+@pytest.mark.parametrize("problem", [TINY[0], TINY[-1], *SOME_MODELS[:2]], ids=str)
+def test_bitwise_the_same_on_every_run(problem: Problem, real_device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", 4 * problem.columns * (problem.rows // 5))
+    inputs = draw_attention(problem, torch.float32)
+    torch.set_num_threads(2)
+    results = [run_attention(ours, problem, inputs, torch.float32, real_device) for _ in range(3)]
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation inside returns."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        for t in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(t, torch.Tensor):
+                self.bytes = max(self.bytes, t.numel() * t.element_size())
+        return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_larger_than_a_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """4096 tokens: the logits of one head are 64 MiB. Not through the dispatcher, which hides an op's inside."""
+    for name in ("attention_fwd", "attention_bwd"):
+        monkeypatch.setattr(_ops, name, getattr(_fallback_attention, name))
+    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", 8 << 20)
+    problem = same("sam_global", 64, 64, 8, heads=1)
+    leaves = draw_attention(problem, dtype).leaves(dtype)
+    with LargestTensor() as largest:
+        call_attention(ours, problem, leaves).sum().backward()
+    assert largest.bytes == 8 << 20
+
+
+def test_what_is_saved(real_device: str, monkeypatch: pytest.MonkeyPatch):
+    wants_lse = []
+    original = _ops.attention_fwd
+    monkeypatch.setattr(_ops, "attention_fwd", lambda *args: (wants_lse.append(args[1] is not None), original(*args)))
+    problem = same("saved", 16, 16, 16)
+    leaves = draw_attention(problem, torch.float32).leaves(torch.float32, real_device)
+    saved: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
+        call_attention(ours, problem, leaves)
+        assert max(saved) == leaves[0].numel() and leaves[0].shape[1] * 256 in saved  # q, k, v, out and lse
+        saved.clear()
+        with torch.no_grad():
+            call_attention(ours, problem, leaves)
+        call_attention(ours, problem, [t.detach() for t in leaves])
+    assert not saved and wants_lse == [True, False, False]
+
+
+@pytest.mark.parametrize("batch,heads", [(0, 2), (2, 0)])
+def test_no_groups(batch: int, heads: int, real_device: str):
+    problem = same("empty", 3, 4, 8, batch=batch, heads=heads)
+    out, *grads = run_attention(ours, problem, draw_attention(problem, torch.float32), torch.float32, real_device)
+    assert out.shape == (batch, heads, 12, 8)
+    assert all(d.shape == (batch, heads, 12, 8) for d in grads[:3])
+    assert not any(d.any() for d in grads[3:])
