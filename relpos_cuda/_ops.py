@@ -25,10 +25,23 @@ SCHEMAS = {
     "int[] q_size, int[] k_size, int num_prefix_tokens) -> ()",
     "logits_bwd": "(Tensor(a!)? dq, Tensor(b!)? dtable, Tensor grad, Tensor q, Tensor table, Tensor index, "
     "Tensor(c!)? factors, Tensor(d!)? partials, int[] q_size, int[] k_size, int num_prefix_tokens) -> ()",
+    "attention_fwd": "(Tensor(a!) out, Tensor(b!)? lse, Tensor q, Tensor k, Tensor v, Tensor table, Tensor index, "
+    "int[] q_size, int[] k_size, int num_prefix_tokens, float scale) -> ()",
+    "attention_bwd": "(Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dtable, Tensor grad, Tensor q, "
+    "Tensor k, Tensor v, Tensor out, Tensor lse, Tensor table, Tensor index, "
+    "int[] q_size, int[] k_size, int num_prefix_tokens, float scale) -> ()",
 }
+
+
+def _not_yet(*args: Any) -> None:
+    raise NotImplementedError("attention has no PyTorch path yet")
+
+
 _FALLBACKS: dict[str, Callable[..., None]] = {
     "logits_fwd": _fallback.logits_fwd,
     "logits_bwd": _fallback.logits_bwd,
+    "attention_fwd": _not_yet,
+    "attention_bwd": _not_yet,
 }
 
 
@@ -52,3 +65,5 @@ for _name, _schema in SCHEMAS.items():
 
 logits_fwd = torch.ops.relpos_cuda.logits_fwd.default
 logits_bwd = torch.ops.relpos_cuda.logits_bwd.default
+attention_fwd = torch.ops.relpos_cuda.attention_fwd.default
+attention_bwd = torch.ops.relpos_cuda.attention_bwd.default
