@@ -2,7 +2,7 @@
 //
 //   a task       (group, tile of queries): the lines and columns of factors.h, or some of the class tokens
 //   a strip      at most kStrip queries of a tile, transposed: one query per lane
-//   a block      at most kBlockKeys neighbouring keys; image rows may begin and end within it
+//   a block      neighbouring keys, all or at most kBlockKeys; image rows may begin and end within it
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,8 +13,9 @@
 
 namespace relpos {
 
-constexpr int64_t kBlockKeys = 256;  // a block of scores is 64 KiB of float32: L2, and a whole 14 x 14 window
-constexpr double kLog2E = 1.4426950408889634;
+constexpr int64_t kBlockKeys = 256;  // a block of scores is 64 KiB of float32: in L2 with all that is around it
+constexpr int64_t kWholeKeys = 640;  // up to here all keys are one block, still in L2: nothing is rescaled, and the
+                                     // backward normalises as the forward did, which lse alone cannot to the last bit
 
 template <typename C>
 const AttentionKernels<C>& attention_kernels() {
@@ -88,10 +89,11 @@ class QueryTiles {
   int64_t prefix_, grid_tiles_, class_tiles_;
 };
 
-// Blocks of keys: as few as the limit allows, then as even as possible.
+// Blocks of keys: one where possible, else as few as the limit allows and as even as possible.
 struct KeyBlocks {
   int64_t keys, count, size;
-  explicit KeyBlocks(int64_t n) : keys(n), count(ceil_div(n, kBlockKeys)), size(ceil_div(n, count)) {}
+  explicit KeyBlocks(int64_t n)
+      : keys(n), count(n <= kWholeKeys ? 1 : ceil_div(n, kBlockKeys)), size(ceil_div(n, count)) {}
   int64_t length(int64_t first) const { return std::min(size, keys - first); }
 };
 
@@ -129,13 +131,12 @@ void load_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C>* 
   if (tile.biased) compute_factors(p, tile.grid, axes, mine.tile);
 }
 
-// Queries first .. first + count of a tile, and their factors to base 2, one query per lane.
+// Queries first .. first + count of a tile, and their factors, one query per lane.
 template <typename C>
 void load_strip(const Attention<C>& p, const QueryTile& tile, int64_t first, int64_t count,
                 const AttentionScratch<C>& mine) {
   const Shape& s = p.shape;
   const int64_t keys_t = s.axis[kT].keys, keys_h = s.axis[kH].keys, keys_w = s.axis[kW].keys;
-  const C to_base_2 = static_cast<C>(kLog2E);
   C *outer = mine.outer.get(), *inner = mine.inner.get();
   p.steps.transpose(mine.q.get(), kStrip, mine.tile.q.get() + first * p.d_padded, p.d_padded, count, s.D, C{1});
   if (!tile.biased) {
@@ -143,12 +144,12 @@ void load_strip(const Attention<C>& p, const QueryTile& tile, int64_t first, int
     std::fill(inner, inner + keys_w * kStrip, C{});
     return;
   }
-  p.steps.transpose(inner, kStrip, mine.tile.w.get() + first * p.w_ld, p.w_ld, count, keys_w, to_base_2);
+  p.steps.transpose(inner, kStrip, mine.tile.w.get() + first * p.w_ld, p.w_ld, count, keys_w, C{1});
   const bool has_t = s.axis[kT].rows != 0;
   C *t = mine.h_t.get(), *h = has_t ? t + keys_t * kStrip : outer;
-  p.steps.transpose(h, kStrip, mine.tile.h.get() + first * p.h_ld, p.h_ld, count, keys_h, to_base_2);
+  p.steps.transpose(h, kStrip, mine.tile.h.get() + first * p.h_ld, p.h_ld, count, keys_h, C{1});
   if (!has_t) return;
-  p.steps.transpose(t, kStrip, mine.tile.t.get() + first * p.t_ld, p.t_ld, count, keys_t, to_base_2);
+  p.steps.transpose(t, kStrip, mine.tile.t.get() + first * p.t_ld, p.t_ld, count, keys_t, C{1});
   for (int64_t o = 0; o < keys_t * keys_h; ++o)
     for (int64_t i = 0; i < kStrip; ++i)
       outer[o * kStrip + i] = t[o / keys_h * kStrip + i] + h[o % keys_h * kStrip + i];
@@ -161,15 +162,18 @@ ScoreBlock<C> score_block(const Attention<C>& p, int64_t first, int64_t keys, in
   const int64_t prefix = std::clamp<int64_t>(p.shape.prefix - first, 0, keys);
   p.run.gemm({keys, lanes, p.shape.D, mine.k.get() + first * p.d_padded, p.d_padded, 1, mine.q.get(), kStrip,
               mine.scores.get(), kStrip, false});
-  return {mine.scores.get(),
-          mine.outer.get(),
-          mine.inner.get(),
-          prefix,
-          std::max<int64_t>(first - p.shape.prefix, 0),
-          keys,
-          p.shape.axis[kW].keys,
-          lanes,
-          static_cast<C>(p.scale * kLog2E)};
+  ScoreBlock<C> block;
+  block.scores = mine.scores.get();
+  block.outer = mine.outer.get();
+  block.inner = mine.inner.get();
+  block.prefix = prefix;
+  block.first = std::max<int64_t>(first - p.shape.prefix, 0);
+  block.keys = keys;
+  block.columns = p.shape.axis[kW].keys;
+  block.lanes = lanes;
+  block.scale = p.scale;
+  block.whole = keys == p.shape.N();
+  return block;
 }
 
 }  // namespace relpos

@@ -57,7 +57,7 @@ struct BackwardScratch : AttentionScratch<C> {
         block(longest_axis(p.shape) * p.d_padded) {}
 };
 
-// lse to base 2 and delta of a strip; grad, one query per lane.
+// lse and delta of a strip; grad, one query per lane.
 template <typename C>
 void load_statistics(const Backward<C>& p, const QueryTile& tile, int64_t first, int64_t count,
                      const BackwardScratch<C>& mine) {
@@ -66,11 +66,12 @@ void load_statistics(const Backward<C>& p, const QueryTile& tile, int64_t first,
   C* out = mine.dq_rows.get() + first * p.d_padded;  // dq of these queries is not there yet
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = tile.token(p, first + i);
+    mine.lse.get()[i] = static_cast<C>(p.lse[tile.group * s.M() + token]);
+    if (KeyBlocks(s.N()).count == 1) continue;  // then delta is the block's own
     p.run.load(out, p.out.at(s, tile.group, token), p.out.dtype, s.D);
-    C sum{};
-    for (int64_t d = 0; d < s.D; ++d) sum += grad[i * p.d_padded + d] * out[d];
-    mine.delta.get()[i] = sum;
-    mine.lse.get()[i] = static_cast<C>(p.lse[tile.group * s.M() + token]) * static_cast<C>(kLog2E);
+    double sum = 0;
+    for (int64_t d = 0; d < s.D; ++d) sum += static_cast<double>(grad[i * p.d_padded + d]) * out[d];
+    mine.delta.get()[i] = static_cast<C>(sum);
   }
   p.steps.transpose(mine.grad.get(), kStrip, grad, p.d_padded, count, s.D, C{1});
 }
@@ -171,7 +172,8 @@ void backward(const Backward<C>& p, std::optional<Tensor>& dtable, const Tensor&
     BackwardScratch<C> mine(p, tiles.max_queries());
     const Buffer<C> own(parts > 1 ? 0 : keys_size);
     for (int64_t task = tasks * begin / slices; task < tasks * end / slices; ++task) {
-      const int64_t group = task / parts, part = task % parts, slice = ((task + 1) * slices - 1) / tasks;
+      const int64_t group = task / parts, part = task % parts;
+      const int64_t slice = ((task + 1) * slices - 1) / tasks;  // the one with tasks * slice / slices <= task
       C* dk = parts > 1 ? kept.get() + task * keys_size : own.get();
       if (parts == 1) std::fill(dk, dk + keys_size, C{});
       mine.load_group(p, group);

@@ -15,7 +15,7 @@
 //   memory   scores, factors, q and out of a strip stay in L2; k and v of the group are copied once per thread
 //            and group, as rows in the compute type, and read by every strip.
 //   order    blocks of keys one after another, with the softmax of FlashAttention: what is there shrinks by
-//            2^(largest before - largest now). Everything of one tile is done by one thread.
+//            e^(largest before - largest now). Everything of one tile is done by one thread.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -65,8 +65,7 @@ void forward_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C
       const int64_t token = tile.token(p, first + i);
       p.run.store(out.at(s, tile.group, token), rows + i * p.d_padded, out.dtype, s.D);
       if (lse)
-        lse[tile.group * s.M() + token] =
-            static_cast<float>((mine.largest.get()[i] + std::log2(mine.sum.get()[i])) / static_cast<C>(kLog2E));
+        lse[tile.group * s.M() + token] = static_cast<float>(mine.largest.get()[i] + std::log(mine.sum.get()[i]));
     }
   }
 }

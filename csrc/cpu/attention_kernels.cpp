@@ -1,7 +1,7 @@
 // attention_kernels.cpp - the inner loops of attention_kernels.h, compiled once per instruction set (RELPOS_ISA).
 //
-//   softmax    y = scale * s + outer + inner, m' = max(m, y), p = 2^(y - m'), sum' = sum * 2^(m - m') + sum of p
-//   gradients  p = 2^(y - lse), ds = p * (dp - delta), d_outer += sums over columns, d_inner += over image rows
+//   softmax    y = scale * s + outer + inner, m' = max(m, y), p = e^(y - m'), sum' = sum * e^(m - m') + sum of p
+//   gradients  p = e^(y - lse), ds = p * (dp - delta), d_outer += sums over columns, d_inner += over image rows
 //
 //                 queries, one per lane --->
 //   keys      o   j   | s s s s s s s s |    row o of outer, row j of inner, added lane by lane
@@ -30,23 +30,24 @@ struct Int {
   static constexpr int value = N;
 };
 
-// 2^x for x <= 0 or not far above: relative error below 1.4 * 2^-24. Below -126 it stays at 2^-126, near enough to
+// e^x for x <= 0 or not far above: relative error below 1.1 * 2^-24. Below -87 it stays at 1.6e-38, near enough to
 // nothing to vanish beside the 1 that every softmax holds. Not-a-numbers stay.
-inline Vec<float> exp2(Vec<float> x) {
-  x = x < -126.f ? Vec<float>{} - 126.f : x;
-  const Vec<float> shifted = x + 0x1.8p23f;  // rounds to an integer, which lands in the low bits
-  const Vec<float> f = x - (shifted - 0x1.8p23f);
-  Vec<float> y = f * 0x1.41fac4p-13f + 0x1.5f3e52p-10f;  // minimax on [-1/2, 1/2]
-  y = y * f + 0x1.3b2d4ep-7f;
-  y = y * f + 0x1.c6aee8p-5f;
-  y = y * f + 0x1.ebfbdcp-3f;
-  y = y * f + 0x1.62e430p-1f;
-  y = y * f + 1.f;
+inline Vec<float> exp(Vec<float> x) {
+  x = x < -87.f ? Vec<float>{} - 87.f : x;
+  const Vec<float> shifted = x * 0x1.715476p+0f + 0x1.8p23f;  // x / log 2, rounded to an integer in the low bits
+  const Vec<float> n = shifted - 0x1.8p23f;
+  const Vec<float> r = (x - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;  // log 2 in two parts, the first product exact
+  Vec<float> y = r * 0x1.6a2438p-10f + 0x1.1239e4p-7f;              // minimax on +-log(2) / 2
+  y = y * r + 0x1.5558f2p-5f;
+  y = y * r + 0x1.555492p-3f;
+  y = y * r + 0x1.fffffcp-2f;
+  y = y * r + 1.f;
+  y = y * r + 1.f;
   return reinterpret_cast<Vec<float>>(reinterpret_cast<Words>(y) + (reinterpret_cast<Words>(shifted) << 23));
 }
-inline Vec<double> exp2(Vec<double> x) {
+inline Vec<double> exp(Vec<double> x) {
   Vec<double> y;
-  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp2(x[i]);
+  for (int i = 0; i < kLanes<double>; ++i) y[i] = __builtin_exp(x[i]);
   return y;
 }
 
@@ -60,6 +61,9 @@ inline void for_each_image_row(const ScoreBlock<C>& b, F&& f) {
     n += count;
   }
 }
+
+// Sums of many keys are sums of short sums: they lose less.
+inline int64_t short_sum(int64_t n, int64_t keys) { return n + 16 < keys ? n + 16 : keys; }
 
 template <typename C, int VECS>
 void softmax_lanes(const ScoreBlock<C>& b, int64_t lane, C* largest, C* sum, C* shrink) {
@@ -84,28 +88,66 @@ void softmax_lanes(const ScoreBlock<C>& b, int64_t lane, C* largest, C* sum, C* 
         most[v] = y > most[v] ? y : most[v];
       }
   });
-  for (int64_t n = 0; n < b.keys; ++n)
-    for (int v = 0; v < VECS; ++v) {
-      C* at = b.scores + n * kStrip + lane + v * L;
-      const Vec<C> p = exp2(load(at) - most[v]);
-      store(at, p);
-      total[v] += p;
-    }
+  for (int64_t n = 0; n < b.keys;) {
+    const int64_t end = short_sum(n, b.keys);
+    Vec<C> part[VECS] = {};
+    for (; n < end; ++n)
+      for (int v = 0; v < VECS; ++v) {
+        C* at = b.scores + n * kStrip + lane + v * L;
+        const Vec<C> p = exp(load(at) - most[v]);
+        store(at, p);
+        part[v] += p;
+      }
+    for (int v = 0; v < VECS; ++v) total[v] += part[v];
+  }
   for (int v = 0; v < VECS; ++v) {
-    const Vec<C> factor = exp2(before[v] - most[v]);
+    const Vec<C> factor = exp(before[v] - most[v]);
     store(shrink + lane + v * L, factor);
     store(largest + lane + v * L, most[v]);
     store(sum + lane + v * L, load(sum + lane + v * L) * factor + total[v]);
   }
 }
 
+// Where a block is all keys, its own sums are better than lse and delta, in which p and d are rounded otherwise: what
+// should cancel does. Leaves e^(score - lse), and per lane the factor that makes it a probability, and delta.
 template <typename C, int VECS>
+void normalise(const ScoreBlock<C>& b, int64_t lane, const C* d, Vec<C>* less, Vec<C>* mean) {
+  constexpr int L = kLanes<C>;
+  Vec<C> total[VECS] = {}, weighted[VECS] = {};
+  const auto add_run = [&](int64_t n, int64_t count, const Vec<C>* outer, const C* inner) {
+    for (int64_t i = 0; i < count;) {
+      const int64_t end = short_sum(i, count);
+      Vec<C> part[VECS] = {}, part_weighted[VECS] = {};
+      for (; i < end; ++i)
+        for (int v = 0; v < VECS; ++v) {
+          const int64_t at = (n + i) * kStrip + lane + v * L;
+          const Vec<C> bias = inner ? outer[v] + load(inner + i * kStrip + lane + v * L) : outer[v];
+          const Vec<C> p = exp(load(b.scores + at) * b.scale + bias);
+          store(b.scores + at, p);
+          part[v] += p;
+          part_weighted[v] += p * load(d + at);
+        }
+      for (int v = 0; v < VECS; ++v) total[v] += part[v], weighted[v] += part_weighted[v];
+    }
+  };
+  Vec<C> outer[VECS];
+  for (int v = 0; v < VECS; ++v) outer[v] = -less[v];
+  add_run(0, b.prefix, outer, nullptr);
+  for_each_image_row(b, [&](int64_t n, int64_t o, int64_t j, int64_t count) {
+    for (int v = 0; v < VECS; ++v) outer[v] = load(b.outer + o * kStrip + lane + v * L) - less[v];
+    add_run(n, count, outer, b.inner + j * kStrip);
+  });
+  for (int v = 0; v < VECS; ++v) less[v] = C{1} / total[v], mean[v] = weighted[v] * less[v];
+}
+
+template <typename C, int VECS, bool WHOLE>
 void gradient_lanes(const ScoreBlock<C>& b, int64_t lane, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner) {
   constexpr int L = kLanes<C>;
   Vec<C> less[VECS], mean[VECS];
   for (int v = 0; v < VECS; ++v) less[v] = load(lse + lane + v * L), mean[v] = load(delta + lane + v * L);
+  if constexpr (WHOLE) normalise<C, VECS>(b, lane, d, less, mean);
   const auto step = [&](int64_t at, int v, Vec<C> bias) {
-    const Vec<C> p = exp2(load(b.scores + at) * b.scale + bias);
+    const Vec<C> p = WHOLE ? load(b.scores + at) * less[v] : exp(load(b.scores + at) * b.scale + bias);
     const Vec<C> ds = p * (load(d + at) - mean[v]);
     store(b.scores + at, p);
     store(d + at, ds);
@@ -147,7 +189,9 @@ void softmax(const ScoreBlock<C>& b, C* largest, C* sum, C* shrink) {
 template <typename C>
 void gradients(const ScoreBlock<C>& b, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner) {
   for_each_chunk<C>(b.lanes, [&](auto vecs, int64_t lane) {
-    gradient_lanes<C, decltype(vecs)::value>(b, lane, d, lse, delta, d_outer, d_inner);
+    constexpr int VECS = decltype(vecs)::value;
+    b.whole ? gradient_lanes<C, VECS, true>(b, lane, d, lse, delta, d_outer, d_inner)
+            : gradient_lanes<C, VECS, false>(b, lane, d, lse, delta, d_outer, d_inner);
   });
 }
 

@@ -16,19 +16,21 @@ constexpr int64_t kStrip = 64;  // queries side by side; leading dimension of al
 template <typename C>
 struct ScoreBlock {
   C* scores;                    // [keys, kStrip]: <q, k>, replaced by probabilities
-  const C *outer, *inner;       // [image rows, kStrip], [columns, kStrip]: factors, to base 2
+  const C *outer, *inner;       // [image rows, kStrip], [columns, kStrip]: factors
   int64_t prefix, first, keys;  // keys counts the prefix, too
   int64_t columns;              // keys of an image row
   int64_t lanes;                // of the strip, whole vectors
-  C scale;                      // to base 2
+  C scale;
+  bool whole;  // there are no other keys
 };
 
 template <typename C>
 struct AttentionKernels {
-  // score = scale * score + outer + inner; p = 2^(score - largest so far); sum = sum * shrink + sum of p.
-  // shrink is 2^(largest before - largest now): what earlier results are to be multiplied with.
+  // score = scale * score + outer + inner; p = e^(score - largest so far); sum = sum * shrink + sum of p.
+  // shrink is e^(largest before - largest now): what earlier results are to be multiplied with.
   void (*softmax)(const ScoreBlock<C>&, C* largest, C* sum, C* shrink);
-  // p = 2^(score - lse), d = p * (d - delta) in place, and sums of d: d_outer over columns, d_inner over image rows.
+  // p = e^(score - lse), d = p * (d - delta) in place, and sums of d: d_outer over columns, d_inner over image rows.
+  // Of a whole block, delta is not read, and lse need not be exact.
   void (*gradients)(const ScoreBlock<C>&, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner);
   void (*scale_lanes)(C* block, const C* factor, int64_t rows, int64_t lanes);  // block is [rows, kStrip]
   // to[c, r] = factor * from[r, c]; rows up to whole vectors are written as zero.
