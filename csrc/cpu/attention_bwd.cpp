@@ -119,7 +119,8 @@ void strip_gradients(const Backward<C>& p, int64_t first, int64_t count, const B
     if (p.to.dv.data) add_rows(block.scores, mine.grad_rows.get(), dv);
     if (p.to.dk.data) add_rows(d, mine.tile.q.get(), dk);
     if (p.to.dq.data)
-      p.run.gemm({s.D, lanes, keys, mine.k.get() + at, 1, p.d_padded, d, kStrip, mine.dq.get(), kStrip, n != 0});
+      p.run.gemm(
+          {s.D, lanes, keys, mine.k.get() + n * p.d_padded, 1, p.d_padded, d, kStrip, mine.dq.get(), kStrip, n != 0});
   }
 }
 

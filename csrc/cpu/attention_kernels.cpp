@@ -51,6 +51,12 @@ inline Vec<double> exp(Vec<double> x) {
   return y;
 }
 
+// Where x is known not to be positive, but for the rounding of a large lse.
+template <typename C>
+inline Vec<C> exp_of_negative(Vec<C> x) {
+  return exp(x > C{0} ? Vec<C>{} : x);
+}
+
 // Calls f(key of the block, image row, first column, columns) for every image row, whole or in part.
 template <typename C, typename F>
 inline void for_each_image_row(const ScoreBlock<C>& b, F&& f) {
@@ -122,7 +128,7 @@ void normalise(const ScoreBlock<C>& b, int64_t lane, const C* d, Vec<C>* less, V
         for (int v = 0; v < VECS; ++v) {
           const int64_t at = (n + i) * kStrip + lane + v * L;
           const Vec<C> bias = inner ? outer[v] + load(inner + i * kStrip + lane + v * L) : outer[v];
-          const Vec<C> p = exp(load(b.scores + at) * b.scale + bias);
+          const Vec<C> p = exp_of_negative<C>(load(b.scores + at) * b.scale + bias);
           store(b.scores + at, p);
           part[v] += p;
           part_weighted[v] += p * load(d + at);
@@ -146,8 +152,9 @@ void gradient_lanes(const ScoreBlock<C>& b, int64_t lane, C* d, const C* lse, co
   Vec<C> less[VECS], mean[VECS];
   for (int v = 0; v < VECS; ++v) less[v] = load(lse + lane + v * L), mean[v] = load(delta + lane + v * L);
   if constexpr (WHOLE) normalise<C, VECS>(b, lane, d, less, mean);
+  // bias - lse comes first: it is the smaller number where p is large, and loses less when scale * s is added.
   const auto step = [&](int64_t at, int v, Vec<C> bias) {
-    const Vec<C> p = WHOLE ? load(b.scores + at) * less[v] : exp(load(b.scores + at) * b.scale + bias);
+    const Vec<C> p = WHOLE ? load(b.scores + at) * less[v] : exp_of_negative<C>(load(b.scores + at) * b.scale + bias);
     const Vec<C> ds = p * (load(d + at) - mean[v]);
     store(b.scores + at, p);
     store(d + at, ds);
@@ -158,13 +165,18 @@ void gradient_lanes(const ScoreBlock<C>& b, int64_t lane, C* d, const C* lse, co
   for_each_image_row(b, [&](int64_t n, int64_t o, int64_t j, int64_t count) {
     Vec<C> outer[VECS], sums[VECS] = {};
     for (int v = 0; v < VECS; ++v) outer[v] = load(b.outer + o * kStrip + lane + v * L) - less[v];
-    for (int64_t i = 0; i < count; ++i)
-      for (int v = 0; v < VECS; ++v) {
-        const int64_t column = (j + i) * kStrip + lane + v * L;
-        const Vec<C> ds = step((n + i) * kStrip + lane + v * L, v, outer[v] + load(b.inner + column));
-        sums[v] += ds;
-        store(d_inner + column, load(d_inner + column) + ds);
-      }
+    for (int64_t i = 0; i < count;) {
+      const int64_t end = short_sum(i, count);
+      Vec<C> part[VECS] = {};
+      for (; i < end; ++i)
+        for (int v = 0; v < VECS; ++v) {
+          const int64_t column = (j + i) * kStrip + lane + v * L;
+          const Vec<C> ds = step((n + i) * kStrip + lane + v * L, v, outer[v] + load(b.inner + column));
+          part[v] += ds;
+          store(d_inner + column, load(d_inner + column) + ds);
+        }
+      for (int v = 0; v < VECS; ++v) sums[v] += part[v];
+    }
     for (int v = 0; v < VECS; ++v) {
       C* at = d_outer + o * kStrip + lane + v * L;
       store(at, load(at) + sums[v]);

@@ -107,9 +107,18 @@ int64_t gemm_columns(const Gemm<C>& g, int64_t n0) {
   return n0;
 }
 
+// A few k at a time, for the same reason; and what a strip of b holds stays in L1.
 template <typename C>
 void gemm(const Gemm<C>& g) {
-  gemm_columns<C, kGemmVectors>(g, 0);
+  constexpr int64_t kShortSum = 128;
+  Gemm<C> part = g;
+  for (int64_t k = 0; k == 0 || k < g.k; k += kShortSum) {
+    part.k = g.k - k < kShortSum ? g.k - k : kShortSum;
+    part.a = g.a + k * g.a_col_stride;
+    part.b = g.b + k * g.ldb;
+    part.accumulate = g.accumulate || k != 0;
+    gemm_columns<C, kGemmVectors>(part, 0);
+  }
 }
 
 constexpr int64_t kLongRow = 512;  // keys of an image row; there is no need to be fast beyond
