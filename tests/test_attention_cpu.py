@@ -113,7 +113,7 @@ def vanishes(p: Problem, name: str) -> bool:
     Or the same for all but a class token among a thousand.
     """
     if p.columns == 1:
-        return name in ("q", "k")  or name.startswith("rel_pos")
+        return name in ("q", "k") or name.startswith("rel_pos")
     axis = {"rel_pos_h": -2, "rel_pos_w": -1, "rel_pos_t": -3}.get(name)
     return axis is not None and p.k_size[axis] == 1 and p.prefix * 1000 < p.columns
 
@@ -163,9 +163,7 @@ def test_lse(dtype: torch.dtype):
     index = tables.lookup(p.q_size, p.k_size, q.device)
     problem = (torch.cat(inputs.tables).to(dtype), index, p.q_size, p.k_size, p.prefix, 0.3)
     _ops.attention_fwd(out, lse, q, k, v, *problem)
-    logits = problems.call(
-        reference.add_decomposed_rel_pos, p, 0.3 * inputs.q @ inputs.k.mT, inputs.q, inputs.tables
-    )
+    logits = problems.call(reference.add_decomposed_rel_pos, p, 0.3 * inputs.q @ inputs.k.mT, inputs.q, inputs.tables)
     exact = logits.logsumexp(-1).flatten(0, 1)
     assert miss(lse, exact) <= 8 * torch.finfo(torch.float32).eps * exact.abs().max().item()
     without = torch.empty_like(out)

@@ -62,11 +62,11 @@ void store_any(void* dst, const C* src, Dtype dtype, int64_t n) {
 // ---- matrix product: ROWS x VECS vectors of the product stay in registers while k runs. It meets what c held only at
 // the end: a sum of a few products loses less than the same products added to a long sum one by one.
 #if defined(__AVX512F__)
-constexpr int kGemmRows = 6, kGemmVectors = 4;
+constexpr int kGemmRows = 6, kGemmVectors = 4, kShortSum = 128;
 #elif defined(__AVX2__)
-constexpr int kGemmRows = 6, kGemmVectors = 2;
+constexpr int kGemmRows = 6, kGemmVectors = 2, kShortSum = 128;
 #else
-constexpr int kGemmRows = 4, kGemmVectors = 2;
+constexpr int kGemmRows = 4, kGemmVectors = 2, kShortSum = 32;  // products are rounded, too
 #endif
 
 template <typename C, int ROWS, int VECS>
@@ -107,10 +107,9 @@ int64_t gemm_columns(const Gemm<C>& g, int64_t n0) {
   return n0;
 }
 
-// A few k at a time, for the same reason; and what a strip of b holds stays in L1.
+// A few k at a time, for the same reason.
 template <typename C>
 void gemm(const Gemm<C>& g) {
-  constexpr int64_t kShortSum = 128;
   Gemm<C> part = g;
   for (int64_t k = 0; k == 0 || k < g.k; k += kShortSum) {
     part.k = g.k - k < kShortSum ? g.k - k : kShortSum;
