@@ -25,8 +25,8 @@ FILENAMES = {
 KINDS = tuple(FILENAMES)
 
 PLAN_SOURCES = ("plan.cpp", "plan_bindings.cpp")
-CPU_SOURCES = ("cpu/logits.cpp",)
-CPU_KERNELS = ("cpu/logits_kernels.cpp",)  # once per instruction set
+CPU_SOURCES = ("cpu/logits.cpp", "cpu/attention_fwd.cpp", "cpu/attention_bwd.cpp")
+CPU_KERNELS = ("cpu/logits_kernels.cpp", "cpu/attention_kernels.cpp")  # once per instruction set
 CUDA_SOURCES = ("cuda/logits.cu",)
 CUDA_HOST_SOURCES = ("plan.cpp",)
 

@@ -62,11 +62,11 @@ void store_any(void* dst, const C* src, Dtype dtype, int64_t n) {
 // ---- matrix product: ROWS x VECS vectors of the product stay in registers while k runs. It meets what c held only at
 // the end: a sum of a few products loses less than the same products added to a long sum one by one.
 #if defined(__AVX512F__)
-constexpr int kGemmRows = 6, kGemmVectors = 4;
+constexpr int kGemmRows = 6, kGemmVectors = 4, kShortSum = 128;
 #elif defined(__AVX2__)
-constexpr int kGemmRows = 6, kGemmVectors = 2;
+constexpr int kGemmRows = 6, kGemmVectors = 2, kShortSum = 128;
 #else
-constexpr int kGemmRows = 4, kGemmVectors = 2;
+constexpr int kGemmRows = 4, kGemmVectors = 2, kShortSum = 32;  // products are rounded, too
 #endif
 
 template <typename C, int ROWS, int VECS>
@@ -107,9 +107,17 @@ int64_t gemm_columns(const Gemm<C>& g, int64_t n0) {
   return n0;
 }
 
+// A few k at a time, for the same reason.
 template <typename C>
 void gemm(const Gemm<C>& g) {
-  gemm_columns<C, kGemmVectors>(g, 0);
+  Gemm<C> part = g;
+  for (int64_t k = 0; k == 0 || k < g.k; k += kShortSum) {
+    part.k = g.k - k < kShortSum ? g.k - k : kShortSum;
+    part.a = g.a + k * g.a_col_stride;
+    part.b = g.b + k * g.ldb;
+    part.accumulate = g.accumulate || k != 0;
+    gemm_columns<C, kGemmVectors>(part, 0);
+  }
 }
 
 constexpr int64_t kLongRow = 512;  // keys of an image row; there is no need to be fast beyond

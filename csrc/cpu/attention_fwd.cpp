@@ -1,0 +1,124 @@
+// attention_fwd.cpp - attention with a decomposed bias on the CPU; the M x N scores are never stored.
+//
+//   score[m, n] = scale * <q[m], k[n]> + outer[m, image row of n] + inner[m, column of n]
+//   out[m]      = sum over n of softmax(score[m, :])[n] * v[n]
+//   lse[m]      = log of the sum over n of exp(score[m, n])
+//
+//   a tile of queries (factors.h), a strip of 64 of them at a time          a strip, transposed
+//
+//        columns --->                                                            queries --->
+//      +--------------+   outer [image rows, 64]                        k     +---------------+
+//      | strip | strip|   inner [columns, 64]                           e     | 256 keys x 64 |  scores, then p
+//      | strip | ..   |   q     [D, 64]                                 y     +---------------+
+//      +--------------+   out   [D, 64]                                 s     | ..            |
+//
+//   memory   scores, factors, q and out of a strip stay in L2; k and v of the group are copied once per thread
+//            and group, as rows in the compute type, and read by every strip.
+//   order    blocks of keys one after another, with the softmax of FlashAttention: what is there shrinks by
+//            e^(largest before - largest now). Everything of one tile is done by one thread.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include "attention.h"
+
+namespace relpos {
+namespace {
+
+template <typename C>
+struct ForwardScratch : AttentionScratch<C> {
+  Buffer<C> out, largest, sum, shrink;  // [D, kStrip] and one value per lane
+  ForwardScratch(const Attention<C>& p, int64_t queries)
+      : AttentionScratch<C>(p, queries), out(p.d_padded * kStrip), largest(kStrip), sum(kStrip), shrink(kStrip) {}
+};
+
+template <typename C>
+void attend_strip(const Attention<C>& p, int64_t lanes, const ForwardScratch<C>& mine) {
+  const KeyBlocks blocks(p.shape.N());
+  std::fill(mine.largest.get(), mine.largest.get() + lanes, -std::numeric_limits<C>::infinity());
+  std::fill(mine.sum.get(), mine.sum.get() + lanes, C{});
+  for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
+    const int64_t keys = blocks.length(n);
+    const ScoreBlock<C> block = score_block(p, n, keys, lanes, mine);
+    p.steps.softmax(block, mine.largest.get(), mine.sum.get(), mine.shrink.get());
+    if (n) p.steps.scale_lanes(mine.out.get(), mine.shrink.get(), p.shape.D, lanes);
+    p.run.gemm({p.shape.D, lanes, keys, mine.v.get() + n * p.d_padded, 1, p.d_padded, block.scores, kStrip,
+                mine.out.get(), kStrip, n != 0});
+  }
+  C* inverse = mine.shrink.get();
+  for (int64_t i = 0; i < lanes; ++i) inverse[i] = 1 / mine.sum.get()[i];
+  p.steps.scale_lanes(mine.out.get(), inverse, p.shape.D, lanes);
+}
+
+template <typename C>
+void forward_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C>* axes, ForwardScratch<C>& mine,
+                  const Rows& out, float* lse) {
+  const Shape& s = p.shape;
+  mine.load_group(p, tile.group);
+  load_tile(p, tile, axes, mine);
+  for (int64_t first = 0; first < tile.count; first += kStrip) {
+    const int64_t count = std::min(kStrip, tile.count - first);
+    load_strip(p, tile, first, count, mine);
+    attend_strip(p, padded<C>(count), mine);
+    C* rows = mine.tile.q.get() + first * p.d_padded;  // these queries are not needed any more
+    p.steps.transpose(rows, p.d_padded, mine.out.get(), kStrip, s.D, count, C{1});
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t token = tile.token(p, first + i);
+      p.run.store(out.at(s, tile.group, token), rows + i * p.d_padded, out.dtype, s.D);
+      if (lse)
+        lse[tile.group * s.M() + token] = static_cast<float>(mine.largest.get()[i] + std::log(mine.sum.get()[i]));
+    }
+  }
+}
+
+template <typename C>
+void forward(const Attention<C>& p, const Tensor& table, const int32_t* index, const Rows& out, float* lse) {
+  const Buffer<C> all = load_table(p, table);
+  AxisRows<C> axes[kAxes];
+  arrange_all(p.shape, index, all.get(), true, axes);
+  const QueryTiles tiles(p.shape);
+  torch::stable::parallel_for(0, p.shape.groups * tiles.per_group(), 1, [&](int64_t begin, int64_t end) {
+    ForwardScratch<C> mine(p, tiles.max_queries());
+    for (int64_t i = begin; i < end; ++i)
+      forward_tile(p, tiles.get(i / tiles.per_group(), i % tiles.per_group()), axes, mine, out, lse);
+  });
+}
+
+void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& table, const Tensor& index, std::vector<int64_t> q_size, std::vector<int64_t> k_size,
+                   int64_t prefix, double scale) {
+  QueryStrides strides;
+  const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
+  const Rows k_rows = rows_like("k", k, q, s, s.N()), v_rows = rows_like("v", v, q, s, s.N()),
+             out_rows = rows_like("out", out, q, s, s.M());
+  if (lse) check_buffer("lse", *lse, q, ScalarType::Float, s.rows());
+  if (s.groups == 0) return;
+  float* lse_data = lse ? static_cast<float*>(lse->mutable_data_ptr()) : nullptr;
+  const auto run = [&](auto compute) {
+    using C = decltype(compute);
+    const Attention<C> p{{s, strides, q.const_data_ptr(), dtype_of("q", q)}, static_cast<C>(scale), k_rows, v_rows};
+    forward(p, table, index.const_data_ptr<int32_t>(), out_rows, lse_data);
+  };
+  q.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }
+
+}  // namespace
+
+Rows rows_like(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
+  const int64_t dim = q.dim();
+  RELPOS_CHECK(t.dim() == dim, name, " has ", t.dim(), " dimensions, q has ", dim);
+  for (int64_t i = 0; i < dim - 2; ++i)
+    RELPOS_CHECK(t.size(i) == q.size(i), name, " must have size ", q.size(i), " like q in dimension ", i, ", got ",
+                 t.size(i));
+  RELPOS_CHECK(t.size(dim - 2) == tokens, name, " must have ", tokens, " tokens, got ", t.size(dim - 2));
+  RELPOS_CHECK(t.size(dim - 1) == s.D, name, " must have the head dimension of q, ", s.D, ", got ", t.size(dim - 1));
+  RELPOS_CHECK(s.D == 1 || t.stride(dim - 1) == 1 || t.numel() == 0, "the last axis of ", name, " must be contiguous");
+  RELPOS_CHECK(t.scalar_type() == q.scalar_type(), name, " is ", name_of(t.scalar_type()), ", q is ",
+               name_of(q.scalar_type()));
+  check_device(name, t, q);
+  const QueryStrides strides = {t.stride(0), dim == 4 ? t.stride(1) : 0, t.stride(dim - 2)};
+  return {const_cast<char*>(static_cast<const char*>(t.const_data_ptr())), strides, dtype_of(name, t)};
+}
+
+}  // namespace relpos

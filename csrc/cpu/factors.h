@@ -1,0 +1,191 @@
+// factors.h - the factors of a tile of queries, and what follows from their gradients: small dense products.
+//
+//   forward    f[m, i]  = <q[m], R[c(m), i]>               for every axis, c(m) the coordinate of query m
+//   backward   dq[m]   += sum over axes, keys i of d[m, i] * R[c(m), i]
+//              dR[c,i] += sum over queries m with coordinate c of d[m, i] * q[m]
+//
+// A tile is a few image rows of queries of one group ("lines") and a range of columns. With it, every
+// product is a small dense matrix product: queries of one line share R of the h axis, queries of one
+// column share R of the w axis. R itself is a window of the table where query and key grids agree, so it
+// is not copied out. Table gradients are summed in a fixed number of slices, in a fixed order: the result
+// does not depend on the number of threads.
+#pragma once
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "../checks.h"
+#include "isa.h"
+#include "logits_kernels.h"
+#include "tiles.h"
+
+namespace relpos {
+
+template <typename C>
+const LogitsKernels<C>& kernels() {
+  if constexpr (sizeof(C) == 8)
+    return RELPOS_CHOOSE(kLogitsDouble);
+  else
+    return RELPOS_CHOOSE(kLogitsFloat);
+}
+
+inline Dtype dtype_of(const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Dtype::kFloat32;
+    case ScalarType::Double:
+      return Dtype::kFloat64;
+    case ScalarType::BFloat16:
+      return Dtype::kBFloat16;
+    case ScalarType::Half:
+      return Dtype::kFloat16;
+    default:
+      RELPOS_CHECK(false, name, " must be floating point");
+  }
+}
+
+inline int64_t bytes_of(Dtype t) { return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2; }
+
+// ---- queries and tables of one call, everything resolved
+template <typename C>
+struct Problem {
+  Shape shape;
+  QueryStrides strides;
+  const void* q;
+  Dtype q_dtype;
+  const LogitsKernels<C>& run = kernels<C>();
+  int64_t d_padded = padded<C>(shape.D);
+  int64_t t_ld = padded<C>(shape.axis[kT].factors()), h_ld = padded<C>(shape.axis[kH].keys),
+          w_ld = padded<C>(shape.axis[kW].keys);
+
+  const void* q_row(int64_t group, int64_t m) const {
+    return static_cast<const char*>(q) + row_offset(shape, strides, group, m) * bytes_of(q_dtype);
+  }
+  int64_t query(const Tile& t, int64_t i) const {  // token of the i-th query of a tile
+    return shape.prefix + (t.line + i / t.columns) * shape.axis[kW].queries + t.column + i % t.columns;
+  }
+  int64_t factor_ld(int a) const { return a == kT ? t_ld : a == kH ? h_ld : w_ld; }
+};
+
+// Working memory of one thread: q and the factors of a tile.
+template <typename C>
+struct Scratch {
+  Buffer<C> q, t, h, w, outer;  // outer: of one query
+  Scratch(const Problem<C>& p, int64_t queries)
+      : q(queries * p.d_padded),
+        t(queries * p.t_ld),
+        h(queries * p.h_ld),
+        w(queries * p.w_ld),
+        outer(padded<C>(p.shape.outer_keys())) {}
+  C* factors(int a) const { return (a == kT ? t : a == kH ? h : w).get(); }
+};
+
+template <typename C>
+void load_queries(const Problem<C>& p, const Tile& t, C* q) {
+  for (int64_t i = 0; i < t.queries(); ++i)
+    p.run.load(q + i * p.d_padded, p.q_row(t.group, p.query(t, i)), p.q_dtype, p.shape.D);
+}
+
+template <typename C>
+Buffer<C> load_table(const Problem<C>& p, const Tensor& table) {
+  Buffer<C> all(p.shape.table_rows() * p.d_padded);
+  const char* src = static_cast<const char*>(table.const_data_ptr());
+  for (int64_t r = 0; r < p.shape.table_rows(); ++r)
+    p.run.load(all.get() + r * p.d_padded, src + r * p.shape.D * bytes_of(p.q_dtype), p.q_dtype, p.shape.D);
+  return all;
+}
+
+template <typename C>
+void arrange_all(const Shape& s, const int32_t* index, const C* table, bool forward, AxisRows<C>* axes) {
+  for (int a = 0; a < kAxes; ++a)
+    if (s.axis[a].rows) axes[a] = arrange(s, s.axis[a], index, table, forward);
+}
+
+// ---- forward
+template <typename C>
+void compute_factors(const Problem<C>& p, const Tile& tile, const AxisRows<C>* axes, const Scratch<C>& mine) {
+  const Shape& s = p.shape;
+  for (int a = 0; a < kAxes; ++a) {
+    if (!s.axis[a].rows) continue;
+    const int64_t ld = p.factor_ld(a);
+    for_each_sharing(s, tile, a, [&](const Sharing& x) {
+      p.run.gemm({x.count, ld, s.D, mine.q.get() + x.first * p.d_padded, x.step * p.d_padded, 1,
+                  axes[a].by_column(x.coordinate, s.D), axes[a].column_ld, mine.factors(a) + x.first * ld, x.step * ld,
+                  false});
+    });
+  }
+}
+
+// ---- backward
+inline int64_t longest_axis(const Shape& s) {  // keys of one coordinate, at most: rows of table_gradient's block
+  int64_t keys = 0;
+  for (const Axis& a : s.axis) keys = std::max<int64_t>(keys, a.keys);
+  return keys;
+}
+
+// dq, [queries, D padded]: set, or added to what is there.
+template <typename C>
+void query_gradient(const Problem<C>& p, const Tile& tile, const AxisRows<C>* axes, const Scratch<C>& mine, C* dq,
+                    bool accumulate) {
+  const Shape& s = p.shape;
+  for (int a = 0; a < kAxes; ++a) {
+    if (!s.axis[a].rows) continue;
+    const int64_t ld = p.factor_ld(a);
+    for_each_sharing(s, tile, a, [&](const Sharing& x) {
+      p.run.gemm({x.count, p.d_padded, s.axis[a].keys, mine.factors(a) + x.first * ld, x.step * ld, 1,
+                  axes[a].by_row(x.coordinate), p.d_padded, dq + x.first * p.d_padded, x.step * p.d_padded,
+                  accumulate});
+    });
+    accumulate = true;
+  }
+}
+
+// dtable, [rows, D padded], each axis back to front like AxisRows.
+template <typename C>
+void table_gradient(const Problem<C>& p, const Tile& tile, const AxisRows<C>* axes, const Scratch<C>& mine, C* block,
+                    C* dtable) {
+  const Shape& s = p.shape;
+  for (int a = 0; a < kAxes; ++a) {
+    if (!s.axis[a].rows) continue;
+    const AxisRows<C>& r = axes[a];
+    const int64_t ld = p.factor_ld(a), keys = s.axis[a].keys;
+    C* axis_gradient = dtable + s.axis[a].first_row * p.d_padded;
+    for_each_sharing(s, tile, a, [&](const Sharing& x) {
+      C* into = r.windowed ? axis_gradient + r.start(x.coordinate) * p.d_padded : block;
+      p.run.gemm({keys, p.d_padded, x.count, mine.factors(a) + x.first * ld, 1, x.step * ld,
+                  mine.q.get() + x.first * p.d_padded, x.step * p.d_padded, into, p.d_padded, r.windowed});
+      for (int64_t i = 0; !r.windowed && i < keys; ++i) {
+        C* row = axis_gradient + (r.last_row() - r.index[x.coordinate * keys + i]) * p.d_padded;
+        for (int64_t d = 0; d < s.D; ++d) row[d] += block[i * p.d_padded + d];
+      }
+    });
+  }
+}
+
+constexpr int64_t kSlices = 128;  // of the table gradient; fixed, so that sums never depend on the machine
+
+// The slices of the table gradient, [slices, rows, D padded], summed in order.
+template <typename C>
+void sum_slices(const Problem<C>& p, const C* partial, int64_t slices, Tensor& dtable) {
+  const Shape& s = p.shape;
+  const int64_t slice_size = s.table_rows() * p.d_padded;
+  const Dtype dtype = dtype_of("dtable", dtable);
+  char* dtable_data = static_cast<char*>(dtable.mutable_data_ptr());
+  torch::stable::parallel_for(0, s.table_rows(), 16, [&](int64_t begin, int64_t end) {
+    const Buffer<C> sum(p.d_padded);
+    for (int64_t r = begin; r < end; ++r) {
+      int a = kT;
+      while (r < s.axis[a].first_row || r >= s.axis[a].first_row + s.axis[a].rows) ++a;
+      const int64_t back_to_front = 2 * s.axis[a].first_row + s.axis[a].rows - 1 - r;
+      std::fill(sum.get(), sum.get() + s.D, C{});
+      for (int64_t slice = 0; slice < slices; ++slice) {
+        const C* row = partial + slice * slice_size + back_to_front * p.d_padded;
+        for (int64_t d = 0; d < s.D; ++d) sum.get()[d] += row[d];
+      }
+      p.run.store(dtable_data + r * s.D * bytes_of(dtype), sum.get(), dtype, s.D);
+    }
+  });
+}
+
+}  // namespace relpos

@@ -1,0 +1,300 @@
+"""The attention ops on the CPU: against the formula in float64, with eager in the same dtype as the rival."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import problems
+import relpos_cuda
+from checks import assert_close_as_eager, miss
+from problems import MODELS, TINY, Problem, same
+from relpos_cuda import _loader, _ops, reference, tables
+from test_isa import ISAS, has
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("out", "q", "k", "v", "rel_pos_h", "rel_pos_w", "rel_pos_t")
+SEVERAL_MODELS = [
+    dataclasses.replace(p, batch=1, heads=min(p.heads, 2)) for p in MODELS if "global" not in p.name and p.rows < 4000
+]
+# One strip and several, blocks of keys that end within image rows, few and many groups.
+SHAPES = [
+    same("blocks_cut_rows", 25, 29, 24),
+    same("one_group", 28, 28, 32, heads=1),
+    same("more_groups_than_slices", 3, 3, 8, batch=13, heads=10),
+    Problem("many_class_tokens", (3, 5), (4, 4), 16, prefix=70),
+    Problem("class_tokens_fill_blocks", (4, 4), (4, 4), 8, prefix=700),
+]
+
+
+@dataclasses.dataclass
+class Inputs:
+    """Everything in float64, but already rounded to the dtype under test."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    tables: list[Tensor]  # h, w(, t), of the length that needs no interpolation
+    grad: Tensor
+
+
+def draw(problem: Problem, dtype: torch.dtype, seed: int = 0) -> Inputs:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).double()
+
+    p = problem
+    lengths = [tables.rows_of(q, k) for q, k in zip(p.q_size, p.k_size, strict=True)]
+    all_tables = [normal(rows, p.head_dim, scale=p.head_dim**-0.5) for rows in lengths]
+    queries, keys = (p.batch, p.heads, p.rows, p.head_dim), (p.batch, p.heads, p.columns, p.head_dim)
+    return Inputs(normal(*queries), normal(*keys), normal(*keys), all_tables[-2:] + all_tables[:-2], normal(*queries))
+
+
+def formula(p: Problem, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
+    """``out`` and the gradients of q, k, v and the tables, in the order of NAMES."""
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (inputs.q, inputs.k, inputs.v, *inputs.tables)]
+    q, k, v, *rel_pos = leaves
+    logits = q * p.head_dim**-0.5 @ k.mT
+    logits = problems.call(reference.add_decomposed_rel_pos, p, logits, q, rel_pos)
+    out = logits.softmax(-1) @ v
+    return [out, *torch.autograd.grad(out, leaves, inputs.grad.to(dtype))]
+
+
+def empty(p: Problem, tokens: int, dtype: torch.dtype, strided: bool) -> Tensor:
+    """Filled with what must not remain. Strided: [B, heads, S, D] in the memory of [B, S, 3, heads, D]."""
+    if not strided:
+        return torch.full((p.batch, p.heads, tokens, p.head_dim), float("nan"), dtype=dtype)
+    packed = torch.full((p.batch, tokens, 3, p.heads, p.head_dim), float("nan"), dtype=dtype)
+    return packed.permute(2, 0, 3, 1, 4)[1]
+
+
+def ops(p: Problem, inputs: Inputs, dtype: torch.dtype, strided: bool = False) -> list[Tensor]:
+    """The same through the ops."""
+
+    def operand(t: Tensor) -> Tensor:
+        return empty(p, t.shape[-2], dtype, strided).copy_(t)
+
+    q, k, v, grad = (operand(t) for t in (inputs.q, inputs.k, inputs.v, inputs.grad))
+    table = torch.cat([*inputs.tables[2:], *inputs.tables[:2]]).to(dtype)
+    index = tables.lookup(p.q_size, p.k_size, q.device)
+    out = empty(p, p.rows, dtype, strided)
+    lse = torch.full((p.batch * p.heads, p.rows), float("nan"))
+    problem = (p.q_size, p.k_size, p.prefix, p.head_dim**-0.5)
+    _ops.attention_fwd(out, lse, q, k, v, table, index, *problem)
+    dq, dk, dv = (empty(p, n, dtype, strided) for n in (p.rows, p.columns, p.columns))
+    d_table = torch.full(table.shape, float("nan"), dtype=torch.promote_types(dtype, torch.float32))
+    _ops.attention_bwd(dq, dk, dv, d_table, grad, q, k, v, out, lse, table, index, *problem)
+    d_tables = list(d_table.to(dtype).split([len(t) for t in (*inputs.tables[2:], *inputs.tables[:2])]))
+    return [out, dq, dk, dv, *d_tables[-2:], *d_tables[:-2]]
+
+
+def compare(p: Problem, dtype: torch.dtype, strided: bool = False) -> None:
+    inputs = draw(p, dtype)
+    exact, rival, got = formula(p, inputs, torch.float64), formula(p, inputs, dtype), ops(p, inputs, dtype, strided)
+    for name, g, r, e in zip(NAMES, got, rival, exact, strict=False):
+        if vanishes(p, name):
+            scale = max(t.abs().max().item() for t in exact)
+            assert miss(g, e) <= 64 * torch.finfo(dtype).eps * scale, f"{name} should vanish"
+        else:
+            assert_close_as_eager(g, r, e, name)
+
+
+def vanishes(p: Problem, name: str) -> bool:
+    """A bias that is the same for all keys changes nothing: its exact gradient is zero, the rival's too by luck.
+
+    Or the same for all but a class token among a thousand.
+    """
+    if p.columns == 1:
+        return name in ("q", "k") or name.startswith("rel_pos")
+    axis = {"rel_pos_h": -2, "rel_pos_w": -1, "rel_pos_t": -3}.get(name)
+    return axis is not None and p.k_size[axis] == 1 and p.prefix * 1000 < p.columns
+
+
+def with_enough_numbers(p: Problem) -> Problem:
+    """More groups for small problems: the largest error of a few numbers is luck, ours and the rival's."""
+    return dataclasses.replace(p, batch=16) if p.batch * p.heads * p.rows * p.head_dim < 5000 else p
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", map(with_enough_numbers, TINY + SHAPES), ids=str)
+def test_at_most_twice_the_error_of_eager(problem: Problem, dtype: torch.dtype):
+    compare(problem, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", SEVERAL_MODELS, ids=str)
+def test_models(problem: Problem, dtype: torch.dtype):
+    compare(problem, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("problem", [TINY[0], SHAPES[0], SHAPES[3]], ids=str)
+def test_packed_views(problem: Problem, dtype: torch.dtype):
+    inputs = draw(problem, dtype)
+    for name, dense, packed in zip(NAMES, ops(problem, inputs, dtype), ops(problem, inputs, dtype, True), strict=False):
+        assert packed.equal(dense), name
+
+
+@pytest.mark.parametrize("problem", TINY + SHAPES, ids=str)
+def test_float64(problem: Problem):
+    """lse is float32, hence the gradients' tolerance."""
+    inputs = draw(problem, torch.float64)
+    exact, got = formula(problem, inputs, torch.float64), ops(problem, inputs, torch.float64)
+    for name, g, e in zip(NAMES, got, exact, strict=False):
+        eps = torch.finfo(torch.float64 if name == "out" else torch.float32).eps
+        assert miss(g, e) <= 64 * eps * max(1.0, *(t.abs().max().item() for t in exact)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lse(dtype: torch.dtype):
+    p = SHAPES[3]
+    inputs = draw(p, dtype)
+    q, k, v = (t.to(dtype) for t in (inputs.q, inputs.k, inputs.v))
+    lse, out = torch.empty(p.batch * p.heads, p.rows), torch.empty_like(q)
+    index = tables.lookup(p.q_size, p.k_size, q.device)
+    problem = (torch.cat(inputs.tables).to(dtype), index, p.q_size, p.k_size, p.prefix, 0.3)
+    _ops.attention_fwd(out, lse, q, k, v, *problem)
+    logits = problems.call(reference.add_decomposed_rel_pos, p, 0.3 * inputs.q @ inputs.k.mT, inputs.q, inputs.tables)
+    exact = logits.logsumexp(-1).flatten(0, 1)
+    assert miss(lse, exact) <= 8 * torch.finfo(torch.float32).eps * exact.abs().max().item()
+    without = torch.empty_like(out)
+    _ops.attention_fwd(without, None, q, k, v, *problem)
+    assert without.equal(out)
+
+
+def gradients(p: Problem, inputs: Inputs, wanted: list[bool]) -> list[Tensor | None]:
+    q, k, v, grad = (t.float() for t in (inputs.q, inputs.k, inputs.v, inputs.grad))
+    table = torch.cat(inputs.tables).float()
+    rest = (table, tables.lookup(p.q_size, p.k_size, q.device), p.q_size, p.k_size, p.prefix, 0.2)
+    out, lse = torch.empty_like(q), torch.empty(p.batch * p.heads, p.rows)
+    _ops.attention_fwd(out, lse, q, k, v, *rest)
+    into = [torch.full_like(t, float("nan")) if w else None for t, w in zip((q, k, v, table), wanted, strict=True)]
+    _ops.attention_bwd(*into, grad, q, k, v, out, lse, *rest)
+    return into
+
+
+@pytest.mark.parametrize("one", range(4))
+def test_one_gradient_alone(one: int):
+    p = SHAPES[0]
+    inputs = draw(p, torch.float32)
+    alone = gradients(p, inputs, [i == one for i in range(4)])[one]
+    assert alone.equal(gradients(p, inputs, [True] * 4)[one])
+
+
+@pytest.mark.parametrize("problem", [TINY[0], *SHAPES[:3]], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads_or_luck(problem: Problem, dtype: torch.dtype):
+    inputs = draw(problem, dtype)
+    before = torch.get_num_threads()
+    try:
+        runs = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            runs.append(ops(problem, inputs, dtype))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        for name, a, b in zip(NAMES, runs[0], other, strict=False):
+            assert a.equal(b), name
+
+
+@pytest.mark.parametrize("size", [1e1, 1e2, 1e4])
+@pytest.mark.parametrize("problem", [same("one_block", 14, 14, 24), SHAPES[0]], ids=str)
+def test_large_logits(problem: Problem, size: float):
+    """Rows that are one-hot to the last bit, exponents far below the smallest number, and a key far ahead of others.
+
+    Beyond 10, p is only as good as lse, a large number in float32: the gradients of a flash-style backward miss more.
+    """
+    inputs = draw(problem, torch.float32)
+    inputs.q *= size
+    if size > 1e1:
+        inputs.k[..., 3, :] = inputs.q.sum(-2).float()
+    exact, rival = formula(problem, inputs, torch.float64), formula(problem, inputs, torch.float32)
+    got = ops(problem, inputs, torch.float32)
+    one_block = size == 1e1 and problem.columns < 640
+    for name, g, r, e in list(zip(NAMES, got, rival, exact, strict=False))[: None if one_block else 1]:
+        assert_close_as_eager(g, r, e, name)
+    assert all(t.isfinite().all() for t in got)
+
+
+def test_infinite_logits():
+    """A key whose logit is -inf has no part in the result; one query with a NaN spoils no other."""
+    p = same("ends", 5, 13, 16, heads=1)
+    inputs = draw(p, torch.float32)
+    inputs.q[..., 0] = inputs.q[..., 0].abs() + 1
+    inputs.k[..., 7, 0] = -float("inf")
+    for table in inputs.tables:
+        table[:, 0] = 0
+    exact, got = formula(p, inputs, torch.float64), ops(p, inputs, torch.float32)
+    assert miss(got[0], exact[0]) <= 1e-5 and miss(got[3], exact[3]) <= 1e-5  # out and dv; 0 * inf is in the others
+    inputs = draw(p, torch.float32)
+    clean = ops(p, inputs, torch.float32)[0]
+    inputs.q[..., 3, 2] = float("nan")
+    spoilt = ops(p, inputs, torch.float32)[0]
+    assert spoilt[..., 3, :].isnan().all()
+    spoilt[..., 3, :] = clean[..., 3, :]
+    assert spoilt.equal(clean)
+
+
+def test_no_groups():
+    p = dataclasses.replace(TINY[0], batch=0)
+    inputs = draw(p, torch.float32)
+    assert [t.numel() for t in ops(p, inputs, torch.float32)[:4]] == [0] * 4
+    assert not any(t.any() for t in ops(p, inputs, torch.float32)[4:])
+
+
+def test_refusals():
+    p = TINY[0]
+    inputs = draw(p, torch.float32)
+    q, k, v = (t.float() for t in (inputs.q, inputs.k, inputs.v))
+    lse = torch.empty(p.batch * p.heads, p.rows)
+    rest = (torch.cat(inputs.tables).float(), tables.lookup(p.q_size, p.k_size, q.device), p.q_size, p.k_size, 0, 1.0)
+    for wrong, words in [
+        ((q, lse, q, k[:, :, 1:], v, *rest), "k must have 65 tokens"),
+        ((q, lse, q, k, v[..., :7], *rest), "head dimension"),
+        ((q, lse, q, k.double(), v, *rest), "k is float64"),
+        ((q, lse[:, 1:], q, k, v, *rest), "lse must have"),
+        ((q[:1], lse, q, k, v, *rest), "out must have size 2"),
+        ((q, lse, q, k.mT.contiguous().mT, v, *rest), "last axis of k"),
+    ]:
+        with pytest.raises(RuntimeError, match=words):
+            _ops.attention_fwd(*wrong)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str):
+    if not has(isa):
+        pytest.skip(f"this processor has no {isa}")
+    package = Path(relpos_cuda.__file__).parent.parent
+    environment = os.environ | {"RELPOS_CUDA_CPU_ISA": isa, "PYTHONPATH": str(package)}
+    folder = Path(__file__).parent
+    done = subprocess.run([sys.executable, __file__], env=environment, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [isa, str(len(DTYPES) * len(TINY + SHAPES))]
+
+
+def main() -> None:
+    """In a process of its own, because the instruction set is chosen once."""
+    import ctypes
+
+    assert _loader.load("cpu")
+    library = ctypes.CDLL(str(_loader.status()["cpu"].path))
+    library.relpos_cuda_cpu_isa.restype = ctypes.c_char_p
+    for problem in TINY + SHAPES:
+        for dtype in DTYPES:
+            compare(with_enough_numbers(problem), dtype)
+    print(library.relpos_cuda_cpu_isa().decode(), len(DTYPES) * len(TINY + SHAPES))
+
+
+if __name__ == "__main__":
+    main()
