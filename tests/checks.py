@@ -27,3 +27,9 @@ def assert_exact_as_float64(got: Tensor, exact: Tensor, name: str) -> None:
     """For float64, where eager is the truth itself: sums in another order, 64 roundings of the largest value."""
     allowed = 64 * torch.finfo(torch.float64).eps * max(exact.abs().max().item(), 1.0)
     assert miss(got, exact) <= allowed, f"{name} is off by {miss(got, exact):.1e}, allowed {allowed:.1e}"
+
+
+def assert_vanishes(got: Tensor, exact: Tensor, all_exact: list[Tensor], name: str) -> None:
+    """For a gradient that is exactly zero, or nearly: 64 roundings of the largest value that led to it."""
+    allowed = 64 * torch.finfo(got.dtype).eps * max(t.abs().max().item() for t in all_exact)
+    assert miss(got, exact) <= allowed, f"{name} is off by {miss(got, exact):.1e}, allowed {allowed:.1e}"

@@ -82,6 +82,7 @@ TINY = [
     same("wide_dim_136", 4, 6, 136),
     same("wide_dim_130", 4, 6, 130),
     same("two_class_tokens", 4, 5, 24, batch=2, prefix=2),
+    same("class_tokens_fill_a_tile", 2, 3, 8, prefix=70),
     same("interpolated", 10, 6, 16, table=27),
     Problem("keys_fewer", (8, 6), (4, 3), 16),
     Problem("keys_more", (3, 4), (6, 8), 40, prefix=1),
@@ -91,6 +92,22 @@ TINY = [
     Problem("video_lanes", (2, 3, 2), (2, 2, 128), 8, heads=1),
     Problem("video_cls_interpolated", (3, 4, 4), (2, 4, 4), 16, prefix=1, table=9),
 ]
+
+
+def with_enough_numbers(p: Problem) -> Problem:
+    """More groups for small problems: the largest error of a few numbers is luck, ours and the rival's."""
+    return dataclasses.replace(p, batch=16) if p.batch * p.heads * p.rows * p.head_dim < 5000 else p
+
+
+def vanishes(p: Problem, name: str) -> bool:
+    """Whether the exact gradient of attention is zero: by luck the rival's may be, too.
+
+    A bias that is the same for all keys, or for all but a class token among a thousand, changes nothing.
+    """
+    if p.columns == 1:
+        return name in ("q", "k") or name.startswith("rel_pos")
+    axis = {"rel_pos_h": -2, "rel_pos_w": -1, "rel_pos_t": -3}.get(name)
+    return axis is not None and p.k_size[axis] == 1 and p.prefix * 1000 < p.columns
 
 
 @dataclasses.dataclass

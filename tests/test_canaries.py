@@ -35,6 +35,7 @@ ONE_MORE_ROUND = "one more round, over nothing: whatever is beyond counts as zer
 DROPPED = "computes more than is used, and drops it"
 OTHER_ORDER = "the same sum, rounded differently"
 OVERWRITTEN = "writes where something else is written later"
+BELOW_ROUNDING = "loses the low half of one element, less than the rounding of the result"
 
 HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a bug elsewhere
     "logits_bwd.cuh: o0 < keys_o -> o0 <= keys_o": ONE_MORE_ROUND,
@@ -48,6 +49,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "logits_bwd.cuh: j < width -> j <= width": DROPPED,
     "logits_bwd.cuh: p.whole_vectors -> false": SLOWER,
     "logits_bwd.cuh: p.line_lanes_log2 >= 0 -> false": SLOWER,
+    "logits_bwd.cuh: i < p.block_rows * kProductDepth -> i <= p.block_rows * kProductDepth": BELOW_ROUNDING,
     "logits_bwd.cuh: l0 <= ranges[2 * a + 1] -> l0 <= ranges[2 * a + 1] + 1": ONE_MORE_ROUND,
     "logits_fwd.cuh: p.whole_vectors -> false": SLOWER,
     "logits_fwd.cuh: n >= 0 -> false | && j + COUNT": SLOWER,

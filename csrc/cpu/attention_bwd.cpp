@@ -34,7 +34,7 @@ struct Gradients {
 template <typename C>
 struct Backward : Attention<C> {
   Rows out, grad;
-  const float* lse;
+  const C* lse;
   Gradients to;
 };
 
@@ -66,7 +66,7 @@ void load_statistics(const Backward<C>& p, const QueryTile& tile, int64_t first,
   C* out = mine.dq_rows.get() + first * p.d_padded;  // dq of these queries is not there yet
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = tile.token(p, first + i);
-    mine.lse.get()[i] = static_cast<C>(p.lse[tile.group * s.M() + token]);
+    mine.lse.get()[i] = p.lse[tile.group * s.M() + token];
     if (KeyBlocks(s.N()).count == 1) continue;  // then delta is the block's own
     p.run.load(out, p.out.at(s, tile.group, token), p.out.dtype, s.D);
     double sum = 0;
@@ -200,15 +200,13 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   const Rows k_rows = rows_like("k", k, q, s, s.N()), v_rows = rows_like("v", v, q, s, s.N()),
              out_rows = rows_like("out", out, q, s, s.M()), grad_rows = rows_like("grad", grad, q, s, s.M());
-  check_buffer("lse", lse, q, ScalarType::Float, s.rows());
+  check_buffer("lse", lse, q, wide_type_of(q), s.rows());
   Gradients to;
   if (dq) to.dq = rows_like("dq", *dq, q, s, s.M());
   if (dk) to.dk = rows_like("dk", *dk, q, s, s.N());
   if (dv) to.dv = rows_like("dv", *dv, q, s, s.N());
   to.table = dtable.has_value();
-  if (dtable)
-    check_buffer("dtable", *dtable, q, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
-                 table.numel());
+  if (dtable) check_buffer("dtable", *dtable, q, wide_type_of(q), table.numel());
   if (s.groups == 0) {
     if (dtable) std::memset(dtable->mutable_data_ptr(), 0, dtable->numel() * bytes_of(dtype_of("dtable", *dtable)));
     return;
@@ -216,7 +214,7 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
   const auto run = [&](auto compute) {
     using C = decltype(compute);
     const Attention<C> a{{s, strides, q.const_data_ptr(), dtype_of("q", q)}, static_cast<C>(scale), k_rows, v_rows};
-    backward(Backward<C>{a, out_rows, grad_rows, lse.const_data_ptr<float>(), to}, dtable, table,
+    backward(Backward<C>{a, out_rows, grad_rows, static_cast<const C*>(lse.const_data_ptr()), to}, dtable, table,
              index.const_data_ptr<int32_t>());
   };
   q.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});

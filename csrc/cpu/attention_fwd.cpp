@@ -51,7 +51,7 @@ void attend_strip(const Attention<C>& p, int64_t lanes, const ForwardScratch<C>&
 
 template <typename C>
 void forward_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C>* axes, ForwardScratch<C>& mine,
-                  const Rows& out, float* lse) {
+                  const Rows& out, C* lse) {
   const Shape& s = p.shape;
   mine.load_group(p, tile.group);
   load_tile(p, tile, axes, mine);
@@ -64,14 +64,13 @@ void forward_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = tile.token(p, first + i);
       p.run.store(out.at(s, tile.group, token), rows + i * p.d_padded, out.dtype, s.D);
-      if (lse)
-        lse[tile.group * s.M() + token] = static_cast<float>(mine.largest.get()[i] + std::log(mine.sum.get()[i]));
+      if (lse) lse[tile.group * s.M() + token] = mine.largest.get()[i] + std::log(mine.sum.get()[i]);
     }
   }
 }
 
 template <typename C>
-void forward(const Attention<C>& p, const Tensor& table, const int32_t* index, const Rows& out, float* lse) {
+void forward(const Attention<C>& p, const Tensor& table, const int32_t* index, const Rows& out, C* lse) {
   const Buffer<C> all = load_table(p, table);
   AxisRows<C> axes[kAxes];
   arrange_all(p.shape, index, all.get(), true, axes);
@@ -90,13 +89,13 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   const Rows k_rows = rows_like("k", k, q, s, s.N()), v_rows = rows_like("v", v, q, s, s.N()),
              out_rows = rows_like("out", out, q, s, s.M());
-  if (lse) check_buffer("lse", *lse, q, ScalarType::Float, s.rows());
+  if (lse) check_buffer("lse", *lse, q, wide_type_of(q), s.rows());
   if (s.groups == 0) return;
-  float* lse_data = lse ? static_cast<float*>(lse->mutable_data_ptr()) : nullptr;
   const auto run = [&](auto compute) {
     using C = decltype(compute);
     const Attention<C> p{{s, strides, q.const_data_ptr(), dtype_of("q", q)}, static_cast<C>(scale), k_rows, v_rows};
-    forward(p, table, index.const_data_ptr<int32_t>(), out_rows, lse_data);
+    forward(p, table, index.const_data_ptr<int32_t>(), out_rows,
+            lse ? static_cast<C*>(lse->mutable_data_ptr()) : nullptr);
   };
   q.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
 }
