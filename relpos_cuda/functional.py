@@ -151,8 +151,8 @@ def rel_pos_attention(
     """Attention with the decomposed relative position term; the logits and the bias are never stored whole.
 
     ``out = softmax(scale * q k^T + bias) v`` with ``bias[m, (i, j)] = rel_h[m, i] + rel_w[m, j]``, which is made of the
-    unscaled ``q``. A chunk of query rows at a time is computed, in float32 for half precision, and computed again in
-    the backward. This version does so in plain PyTorch on every device; kernels follow.
+    unscaled ``q``. Logits are computed block by block, in float32 for half precision, and computed again in the
+    backward: by C++ kernels on the CPU, in plain PyTorch by chunks of query rows elsewhere.
 
     Args:
         q: Unscaled queries ``[B, heads, S_q, D]`` or ``[B * heads, S_q, D]``, any strides (views of a packed qkv are
