@@ -43,10 +43,9 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "logits_bwd.cuh: at + V <= to.end -> false": SLOWER,
     "logits_bwd.cuh: width <= 32 -> false": SLOWER,
     "logits_bwd.cuh: width <= 32 -> true": SLOWER,
-    "logits_bwd.cuh: r < lines -> r <= lines": OVERWRITTEN,
     "logits_bwd.cuh: j0 < keys_w -> j0 <= keys_w": ONE_MORE_ROUND,
     "logits_bwd.cuh: c * 32 >= width -> false": ONE_MORE_ROUND,
-    "logits_bwd.cuh: j < width -> j <= width": DROPPED,
+    "logits_bwd.cuh: j < width -> j <= width | column[c]": DROPPED,
     "logits_bwd.cuh: p.whole_vectors -> false": SLOWER,
     "logits_bwd.cuh: p.line_lanes_log2 >= 0 -> false": SLOWER,
     "logits_bwd.cuh: i < p.block_rows * kProductDepth -> i <= p.block_rows * kProductDepth": BELOW_ROUNDING,
@@ -64,7 +63,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "table_grad.cuh: (next - sum) - x -> 0.f": OTHER_ORDER,
     "tile/bias.cuh: item < strips * spans -> item <= strips * spans": DROPPED,
     "tile/copy.cuh: aligned -> false": SLOWER,
-    "tile/rows.cuh: i < count -> i <= count": OVERWRITTEN,
+    "tile/rows.cuh: i < count -> i <= count | blockDim.x": OVERWRITTEN,
     "tile/rows.cuh: s.axis[a].rows == 0 -> false": OVERWRITTEN,
 }
 
@@ -129,6 +128,7 @@ def test_every_planted_bug_is_noticed(libraries: dict[Sanitizer, Path], capsys: 
     with capsys.disabled():
         by = ", ".join(f"{count} by {sanitizer.name}" for sanitizer, count in counts.items())
         print(f"\n{noticed} of {len(planted)} planted bugs noticed ({noticed / len(planted):.1%}): {by}")
+        print(f"{len(planting.bugs()) - len(planted)} more slips are listed as harmless, and were not planted")
     assert [str(planted[bug]) for bug in left] == []
 
 
