@@ -39,11 +39,6 @@ struct Rows {
 // Tensor `name` must be like q but for its number of tokens.
 Rows rows_like(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens);
 
-// Of lse and of the table gradient.
-inline ScalarType wide_type_of(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 template <typename C>
 struct Attention : Problem<C> {
   C scale;

@@ -45,6 +45,11 @@ inline Dtype dtype_of(const char* name, const Tensor& t) {
   }
 }
 
+// Of the table gradient, and of lse.
+inline ScalarType wide_type_of(const Tensor& q) {
+  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 inline int64_t bytes_of(Dtype t) { return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2; }
 
 // ---- queries and tables of one call, everything resolved

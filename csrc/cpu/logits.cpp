@@ -168,9 +168,7 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   check_logits("grad", grad, s, q);
   if (dq) check_buffer("dq", *dq, q, q.scalar_type(), q.numel());
-  if (dtable)
-    check_buffer("dtable", *dtable, q, q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float,
-                 table.numel());
+  if (dtable) check_buffer("dtable", *dtable, q, wide_type_of(q), table.numel());
   if (s.groups == 0) {
     if (dtable) std::memset(dtable->mutable_data_ptr(), 0, dtable->numel() * bytes_of(dtype_of("dtable", *dtable)));
     return;
