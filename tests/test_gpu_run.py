@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_probe
+from benchmarks import gpu_probe, probe_formulas
 from simt import cases_sm90, toolchain
 from simt.selftest_sm90 import Selftest
 
@@ -26,7 +26,7 @@ case "$*" in *name,driver_version*) echo "NVIDIA Pretend 9000 (rev. 2), 999.01" 
 """
 
 needs_emulator = pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))
-each_probe = pytest.mark.parametrize("name", gpu_probe.PROBES)
+each_probe = pytest.mark.parametrize("name", probe_formulas.PROBES)
 
 # ---- the script
 
@@ -125,9 +125,9 @@ def test_every_function_of_ptx_has_a_probe():
     kernels = [gpu_probe.HERE / "probe.cu", toolchain.HERE / "selftest_sm90.cuh"]
     called = set(re.findall(r"relpos::(\w+)(?:<[^;]*?>)?\(", "".join(k.read_text() for k in kernels)))
     assert functions == called & functions, f"no probe calls {functions - called}"
-    assert {name.split()[0] for name in gpu_probe.PROBES} <= functions
+    assert {name.split()[0] for name in probe_formulas.PROBES} <= functions
     specialised = set(re.findall(r"mma_m16n8k16<(\w+)>", text))
-    assert len(specialised) == sum(name.startswith("mma") for name in gpu_probe.PROBES)
+    assert len(specialised) == sum(name.startswith("mma_m16n8k16") for name in probe_formulas.PROBES)
 
 
 @pytest.fixture(scope="session")
@@ -144,11 +144,11 @@ def test_the_emulator_computes_the_formula(emulated: gpu_probe.Probe, name: str)
 
 
 @needs_emulator
-@pytest.mark.parametrize("dtype", gpu_probe.HALVES)
+@pytest.mark.parametrize("dtype", probe_formulas.HALVES)
 def test_mma_is_an_integer_product(emulated: gpu_probe.Probe, dtype: str):
     name = f"mma_m16n8k16 {dtype}"
-    a, b, d = gpu_probe.operands(name, torch.Generator().manual_seed(1))
-    words = emulated(name, gpu_probe.words_of(name, (a, b, d))).view(torch.float32)
+    a, b, d = probe_formulas.operands(name, torch.Generator().manual_seed(1))
+    words = emulated(name, probe_formulas.words_of(name, (a, b, d))).view(torch.float32)
     want = [[d[i, j].item() + sum(int(a[i, k]) * int(b[k, j]) for k in range(16)) for j in range(8)] for i in range(16)]
     got = [[words[i % 8 * 4 + j // 2, i // 8 * 2 + j % 2].item() for j in range(8)] for i in range(16)]
     assert got == want
@@ -159,6 +159,23 @@ def test_a_wrong_bit_is_counted():
         return words ^ (torch.arange(32)[:, None] == 5).int()
 
     assert gpu_probe.wrong_words(off_by_one_bit, "load_stream", draws=3) == 3 * 4
+
+
+def test_of_exp2_alone_the_last_bits_are_free():
+    def off_by(bits: int, name: str) -> int:
+        def probe(name: str, words: torch.Tensor) -> torch.Tensor:
+            return probe_formulas.formula(name, (words,)) ^ bits
+
+        return gpu_probe.wrong_words(probe, name, draws=1)
+
+    assert off_by(1, "exp2_approx") < 8 < 24 < off_by(16, "exp2_approx")  # not free: zero, infinity
+    assert off_by(1, "to_tf32") > 24
+
+
+def test_tf32_is_rounded_to_nearest_and_away_from_zero():
+    for x, want in ((1 + 2**-11, 1 + 2**-10), (-1 - 2**-11, -1 - 2**-10), (1 + 2**-12, 1), (2 - 2**-12, 2)):
+        given = torch.tensor([[x]]).view(torch.int32)
+        assert probe_formulas.formula("to_tf32", (given,)).view(torch.float32).item() == want
 
 
 def test_a_wrong_hopper_case_is_counted_and_a_missing_hopper_is_not(monkeypatch: pytest.MonkeyPatch, capsys):

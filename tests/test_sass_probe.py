@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sass
-from benchmarks import gpu_probe
+from benchmarks import gpu_probe, probe_formulas
 from relpos_cuda import _toolchain
 from sass import Kernel
 from simt import cases_sm90
@@ -37,6 +37,9 @@ ALL_ARCHS: dict[str, Callable[[re.Match], tuple[str, ...]]] = {
     r"8LdmatrixILNS_4LoadE(\d)E": lambda m: (rf"LDSM\.16\.{LOADS[int(m[1])]} ",),
     r"3MmaI6__half": lambda m: (r"HMMA\.16816\.F32 ",),
     r"3MmaI13__nv_bfloat16": lambda m: (r"HMMA\.16816\.F32\.BF16 ",),
+    r"7MmaTf32": lambda m: (r"HMMA\.1688\.F32\.TF32 ",),
+    r"6ToTf32": lambda m: (r"LOP3\.LUT .* 0xffffe000,",),  # no instruction of its own
+    r"4Exp2": lambda m: (r"MUFU\.EX2 ",),
     r"10LoadStream": lambda m: (r"LDG\.E\.NA\.128 ",),
     r"7CpAsync": lambda m: (r"LDGSTS\.E\.BYPASS\.128 ", "LDGDEPBAR", r"DEPBAR\.LE SB0, 0x0"),
 }
@@ -93,7 +96,7 @@ def test_the_probe_compiles_for_gpus(built: Built):
 @pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
 def test_nothing_spills_and_no_wgmma_waits_for_another(built: Built):
     usage = sass.usage_of(built.log)
-    assert len(usage) == 2 * (8 + 9 + 4 * 2 * len(cases_sm90.WIDTHS))
+    assert len(usage) == 2 * (len(probe_formulas.PROBES) + 9 + 4 * 2 * len(cases_sm90.WIDTHS))
     assert sass.complaints(built.log) == []
     assert [u for u in usage if u.local_bytes] == []
 
@@ -104,7 +107,7 @@ def test_nothing_spills_and_no_wgmma_waits_for_another(built: Built):
 def test_every_wrapper_has_become_its_instruction(built: Built, arch: str):
     kernels = sass.kernels_of(built.library, arch)
     hopper = [k for k in kernels if "selftest" in k.mangled]
-    assert (len(hopper), len(kernels) - len(hopper)) == (9 + 4 * 2 * len(cases_sm90.WIDTHS), 8)
+    assert (len(hopper), len(kernels) - len(hopper)) == (9 + 4 * 2 * len(cases_sm90.WIDTHS), len(probe_formulas.PROBES))
     assert [fault for k in kernels if k not in hopper for fault in faults(k, ALL_ARCHS)] == []
     if arch == "90a":
         assert [fault for k in hopper for fault in faults(k, HOPPER)] == []

@@ -138,6 +138,26 @@ def test_mma_is_a_matrix_product(shim: Shim, dtype: torch.dtype, through_ldmatri
     assert shim.count("mma") == 1 and shim.count("ldmatrix") == 2 * through_ldmatrix
 
 
+@pytest.mark.parametrize("fault", ["", "ignored bits"])
+def test_mma_of_tf32_is_a_matrix_product(shim: Shim, fault: str):
+    torch.manual_seed(0)
+    a, b = ((torch.randn(*shape) * 2**8).round() / 2**8 for shape in ((16, 8), (8, 8)))  # tf32 has all their bits
+    got = shim("matmul tf32", torch.cat([a.flatten(), b.flatten()]), torch.zeros(16, 8), fault=fault)
+    assert torch.equal(got, (a.double() @ b.double()).float())
+    assert shim.count("mma") == 1
+
+
+def test_conversion_to_tf32_and_exp2(shim: Shim):
+    nan, inf, half = torch.nan, torch.inf, 2**-11
+    x = torch.tensor([1 + half, -1 - half, 1 + half - 2**-23, 2 - half, -inf, nan, -126, -126.5])
+    tf32, exp2 = shim("functions", x, torch.zeros(2, 8))
+    want = torch.tensor([1 + 2 * half, -1 - 2 * half, 1, 2, -inf, nan, -126, -126.5])
+    torch.testing.assert_close(tf32, want, rtol=0, atol=0, equal_nan=True)
+    assert int((tf32.view(torch.int32) % 2**13).sum()) == 0
+    torch.testing.assert_close(exp2[:4], x[:4].exp2(), rtol=2**-22, atol=0)
+    torch.testing.assert_close(exp2[4:], torch.tensor([0, nan, 2.0**-126, 0]), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("matrices", [4, 2])
 @pytest.mark.parametrize("trans", [False, True])
 def test_ldmatrix_gives_lane_l_row_l_over_4(shim: Shim, matrices: int, trans: bool):

@@ -7,7 +7,7 @@
 
 #include "fiber.h"
 #include "race_detector.h"
-#include "simt.h"
+#include "sm80.h"
 
 namespace simt {
 inline namespace machine {

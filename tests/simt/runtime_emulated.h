@@ -4,7 +4,6 @@
 #include <stdexcept>
 
 #include "../../csrc/checks.h"
-#include "simt.h"
 #include "sm90.h"
 
 namespace relpos {

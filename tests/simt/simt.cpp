@@ -1,19 +1,17 @@
-// simt.cpp - what simt.h declares: barriers, warp ops, asynchronous copies. machine.cpp has the threads.
+// simt.cpp - what simt.h declares: barriers, warp ops. machine.cpp has the threads.
 //
 // It throws simt::Error, with the kernel's source line and the thread, for
 //   * a warp op whose mask lacks the caller, a shuffle from a lane that does not take part, mma or ldmatrix without all
 //     32 lanes;
-//   * a row of ldmatrix or cp.async that is misaligned or outside shared memory;
 //   * an asynchronous copy nobody waited for.
 //
 // A thread that has exited counts as arrived, as on the hardware since sm_70.
-#include "simt.h"
-
 #include <algorithm>
 #include <cstring>
 #include <map>
 
 #include "machine.h"
+#include "sm80.h"
 
 namespace simt {
 inline namespace machine {
@@ -41,6 +39,7 @@ void open_if_complete(Group& group, const Warp& warp) {
   if (group.gate.op->whole_warp && present != ~0u)
     stop(text("%s: %s by lanes %08x; it needs the whole warp", where(group.gate.site).c_str(), group.gate.op->name,
               present));
+  if (group.gate.op->combine) group.gate.op->combine(group.slots[group.gate.turn]);
   open(group.gate);
   group.present[group.gate.turn] = 0;
 }
@@ -98,42 +97,6 @@ Gathered warp_op(const Op& op, unsigned mask, const void* mine, size_t bytes, co
   open_if_complete(group, warp);
   wait(group.gate, turn, op);
   return {group.slots[turn], group.present[turn]};
-}
-
-void check_shared_row(const void* row, const char* what, const Site& site) {
-  const ptrdiff_t at = static_cast<const unsigned char*>(row) - shared_begin(), size = shared_bytes();
-  if (at < 0 || at + 16 > size) fail(site, "%s: byte %td is outside the %td bytes of shared memory", what, at, size);
-  if (at % 16 != 0) fail(site, "%s: byte %td of shared memory is not 16-byte aligned", what, at);
-}
-
-void count_conflicts(const Gathered& rows, int matrices) {  // 8 rows, 8 columns of 16 bytes
-  for (int j = 0; j < matrices; ++j) {
-    unsigned columns = 0;
-    for (int i = 8 * j; i < 8 * j + 8; ++i)
-      columns |= 1u << (reinterpret_cast<uintptr_t>(rows.at<const void*>(i)) / 16 % 8);
-    counts.bank_conflicts += 8 - __builtin_popcount(columns);
-  }
-}
-
-bool start_copy(const void* dst, const void* src, const Site& site) {
-  const Unobserved books;
-  check_shared_row(dst, "cp.async", site);
-  if (reinterpret_cast<uintptr_t>(src) % 16 != 0) fail(site, "cp.async: the source is not 16-byte aligned");
-  ++counts.cp_async;
-  if (happens_at_once()) return true;
-  self->copies.push_back({const_cast<void*>(dst), src, self->groups});
-  return false;
-}
-
-void copy_commit() { ++self->groups; }
-
-bool next_copy(int groups_left, Copy& copy) {
-  const Unobserved books;
-  std::deque<Copy>& copies = self->copies;
-  if (copies.empty() || copies.front().group >= self->groups - groups_left) return false;
-  copy = copies.front();
-  copies.pop_front();
-  return true;
 }
 
 }  // namespace simt

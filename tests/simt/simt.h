@@ -16,8 +16,6 @@
 //
 // Built with a sanitizer (toolchain.py), the same run also reports what a GPU would not: ThreadSanitizer every pair of
 // accesses that no barrier orders (of a warp's ops only __syncwarp does), AddressSanitizer those outside a tensor.
-//
-// Not modelled: the rounding inside mma (here: exact products and sum, one rounding).
 #pragma once
 
 #include <cuda_bf16.h>
@@ -81,9 +79,8 @@ struct Op {
   long Stats::* counter;
   bool whole_warp = false;  // the .sync.aligned instructions
   bool orders_memory = false;
+  void (*combine)(struct Slot*) = nullptr;  // what all lanes brought, by the last to come, under no lane's name
 };
-inline constexpr Op kMma{"mma", &Stats::mma, true};
-inline constexpr Op kLdmatrix{"ldmatrix", &Stats::ldmatrix, true};
 inline constexpr Op kShuffle{"shuffle", &Stats::shuffles};
 inline constexpr Op kVote{"vote", &Stats::votes};
 inline constexpr Op kSyncwarp{"__syncwarp", &Stats::warp_barriers, false, true};
@@ -103,21 +100,9 @@ struct Gathered {
   }
 };
 
-// 16 bytes on their way to shared memory.
-struct Copy {
-  void* dst;
-  const void* src;  // null: zeros
-  int group;
-};
-
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 void block_barrier(const Site& site);
 Gathered warp_op(const Op& op, unsigned mask, const void* mine, size_t bytes, const Site& site);
-bool start_copy(const void* dst, const void* src, const Site& site);  // whether it is to arrive at once
-void copy_commit();
-bool next_copy(int groups_left, Copy& copy);  // one that must have arrived when that many groups are under way
-void check_shared_row(const void* row, const char* what, const Site& site);
-void count_conflicts(const Gathered& rows, int matrices);
 unsigned char* shared_memory(unsigned alignment);
 [[noreturn]] void fail(const Site& site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -147,34 +132,6 @@ T shuffle(unsigned mask, T value, int source, int width, const Site& site) {
   if (!(warp.present >> source & 1))
     fail(site, "shuffle reads lane %d, which does not take part (mask %08x)", source, mask);
   return warp.at<T>(source);
-}
-
-inline void arrive(const Copy& copy) {
-  *static_cast<uint4*>(copy.dst) = copy.src ? *static_cast<const uint4*>(copy.src) : uint4{};
-}
-
-inline float to_float(__half x) { return __half2float(x); }
-inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-template <typename T>
-float half_of(uint32_t pair, int which) {
-  return to_float(__builtin_bit_cast(T, static_cast<uint16_t>(pair >> (16 * which))));
-}
-
-// Matrix j lies in the 8 rows whose addresses lanes 8j .. 8j + 7 bring. Lane l receives elements
-// (l / 4, 2 (l % 4)) and (l / 4, 2 (l % 4) + 1) of each, or of each transposed.
-template <int MATRICES, bool TRANS>
-void load_matrices(uint32_t (&r)[MATRICES], const void* row, const Site& site) {
-  using Row = const uint16_t*;
-  if (lane() < 8 * MATRICES) check_shared_row(row, "ldmatrix", site);
-  const Gathered rows = gather(kLdmatrix, ~0u, static_cast<Row>(row), site);
-  if (lane() == 0) count_conflicts(rows, MATRICES);
-  const int major = lane() / 4, minor = lane() % 4 * 2;
-  for (int j = 0; j < MATRICES; ++j) {
-    const auto element = [&](int i, int k) -> uint32_t { return rows.at<Row>(8 * j + i)[k]; };
-    r[j] = TRANS ? element(minor, major) | element(minor + 1, major) << 16
-                 : element(major, minor) | element(major, minor + 1) << 16;
-  }
 }
 
 }  // namespace simt
@@ -239,54 +196,3 @@ T min(T a, T b) {
   else
     return b < a ? b : a;
 }
-
-// ---- csrc/cuda/tile/ptx.cuh, emulated: the same names and arguments
-
-namespace relpos {
-
-// d += a b on 16 x 16 and 16 x 8 tiles. Lane l holds rows l / 4 and l / 4 + 8 of a and d, column
-// l / 4 of b; along the other axis the pairs at 2 (l % 4) and 2 (l % 4) + 8, of d the first only.
-template <typename T>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                  simt::Site site = simt::Site::current()) {
-  struct Fragment {
-    float a[8], b[4];
-  } mine;
-  for (int i = 0; i < 8; ++i) mine.a[i] = simt::half_of<T>(a[i / 2], i % 2);
-  for (int i = 0; i < 4; ++i) mine.b[i] = simt::half_of<T>(b[i / 2], i % 2);
-  const simt::Gathered warp = simt::gather(simt::kMma, ~0u, mine, site);
-
-  const int row = simt::lane() / 4, col = simt::lane() % 4 * 2;
-  double sum[4] = {d[0], d[1], d[2], d[3]};
-  for (int quad = 0; quad < 4; ++quad) {  // the lanes that hold this row of a, these columns of b
-    const float* const a_row = warp.at<Fragment>(4 * row + quad).a;
-    const float* const b_cols[] = {warp.at<Fragment>(4 * col + quad).b, warp.at<Fragment>(4 * col + 4 + quad).b};
-    for (int k = 0; k < 4; ++k)  // two neighbours, and the two 8 further
-      for (int i = 0; i < 4; ++i) sum[i] += double{a_row[k / 2 * 4 + i / 2 * 2 + k % 2]} * b_cols[i % 2][k];
-  }
-  for (int i = 0; i < 4; ++i) d[i] = static_cast<float>(sum[i]);
-}
-
-inline void ldmatrix_x2(uint32_t (&r)[2], const void* row, simt::Site at = simt::Site::current()) {
-  simt::load_matrices<2, false>(r, row, at);
-}
-inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, simt::Site at = simt::Site::current()) {
-  simt::load_matrices<4, false>(r, row, at);
-}
-inline void ldmatrix_x2_trans(uint32_t (&r)[2], const void* row, simt::Site at = simt::Site::current()) {
-  simt::load_matrices<2, true>(r, row, at);
-}
-inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row, simt::Site at = simt::Site::current()) {
-  simt::load_matrices<4, true>(r, row, at);
-}
-
-inline void cp_async_16(void* dst, const void* src, bool pred, simt::Site site = simt::Site::current()) {
-  if (simt::start_copy(dst, pred ? src : nullptr, site)) simt::arrive({dst, pred ? src : nullptr, 0});
-}
-inline void cp_async_commit() { simt::copy_commit(); }
-template <int N>
-void cp_async_wait() {
-  for (simt::Copy copy; simt::next_copy(N, copy);) simt::arrive(copy);
-}
-
-}  // namespace relpos

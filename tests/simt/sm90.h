@@ -1,4 +1,4 @@
-// sm90.h - csrc/cuda/tile/ptx.cuh emulated, what simt.h lacks: named barriers, stmatrix, mbarrier, TMA, wgmma.
+// sm90.h - csrc/cuda/tile/ptx.cuh emulated, what sm80.h lacks: named barriers, stmatrix, mbarrier, TMA, wgmma.
 //
 //   SIMT_ASYNC   late                                                        early
 //   TMA          writes when no thread can run                               at once
@@ -11,7 +11,7 @@
 #include <functional>
 
 #include "../../csrc/cuda/tensor_map.h"
-#include "simt.h"
+#include "sm80.h"
 
 #define RELPOS_DYNAMIC_SHARED_1024(name) unsigned char* const name = ::simt::shared_memory(1024)
 

@@ -21,7 +21,7 @@ FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-Wno-unkno
 FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
 
 
-SHIM = ("machine.cpp", "simt.cpp", "sm90.cpp")
+SHIM = ("machine.cpp", "simt.cpp", "sm80.cpp", "sm90.cpp")
 
 
 @dataclass(frozen=True)
