@@ -84,6 +84,22 @@ inline Shape check_problem(const Tensor& q, const Tensor& table, const Tensor& i
   return s;
 }
 
+// Where the rows of t, a tensor like q but with so many tokens, are.
+inline QueryStrides check_tokens(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
+  const int64_t dim = q.dim();
+  RELPOS_CHECK(t.dim() == dim, name, " has ", t.dim(), " dimensions, q has ", dim);
+  for (int64_t i = 0; i < dim - 2; ++i)
+    RELPOS_CHECK(t.size(i) == q.size(i), name, " must have size ", q.size(i), " like q in dimension ", i, ", got ",
+                 t.size(i));
+  RELPOS_CHECK(t.size(dim - 2) == tokens, name, " must have ", tokens, " tokens, got ", t.size(dim - 2));
+  RELPOS_CHECK(t.size(dim - 1) == s.D, name, " must have the head dimension of q, ", s.D, ", got ", t.size(dim - 1));
+  RELPOS_CHECK(s.D == 1 || t.stride(dim - 1) == 1 || t.numel() == 0, "the last axis of ", name, " must be contiguous");
+  RELPOS_CHECK(t.scalar_type() == q.scalar_type(), name, " is ", name_of(t.scalar_type()), ", q is ",
+               name_of(q.scalar_type()));
+  check_device(name, t, q);
+  return {t.stride(0), dim == 4 ? t.stride(1) : 0, t.stride(dim - 2)};
+}
+
 inline int64_t row_offset(const Shape& s, const QueryStrides& strides, int64_t group, int64_t m) {
   return group / s.heads * strides.batch + group % s.heads * strides.head + m * strides.row;
 }

@@ -1,6 +1,7 @@
 // params.h - what a kernel is given: one struct per kernel, filled field by field by the launcher.
 #pragma once
 #include "plan.h"
+#include "plan_attention.h"
 
 namespace relpos {
 
@@ -24,14 +25,17 @@ struct FastDiv {
   }
 };
 
-struct QueryRows {  // q, its strides in elements
-  const void* data = nullptr;
+template <typename Data>
+struct TokenRows {  // [batch, heads, tokens, D], strides in elements
+  Data data = nullptr;
   int64_t batch = 0, head = 0, row = 0;
 };
+using InRows = TokenRows<const void*>;
+using OutRows = TokenRows<void*>;
 
 struct LogitsParams {
   Shape shape;
-  QueryRows q;
+  InRows q;
   const void* table = nullptr;     // [table rows, D], dtype of q
   const int32_t* index = nullptr;  // csrc/shapes.h
   int block_rows = 0, factor_ld = 0, q_ld = 0;
@@ -54,7 +58,7 @@ struct LogitsBwdParams : LogitsParams {
 
 struct TableGradParams {
   Shape shape;
-  QueryRows q;
+  InRows q;
   const int32_t* index = nullptr;
   const float* dfactors = nullptr;  // [rows, factors]
   float* partials = nullptr;        // [splits, pairs, D]
@@ -65,6 +69,24 @@ struct TableGradParams {
   struct {
     FastDiv by_per_group, by_inner;  // queries of a group with the same coordinate; queries per step of it
   } of_axis[kAxes];
+};
+
+struct AttentionParams {
+  Shape shape;
+  InRows q, k, v;
+  const void* table = nullptr;     // [table rows, D], dtype of q
+  const int32_t* index = nullptr;  // csrc/shapes.h
+  KeyTiling keys;
+  int block_rows = 0;  // queries of a block
+  float scale = 1.f;
+  FastDiv by_tiles;   // blocks of a group
+  FastDiv by_heads;
+  FastDiv by_keys_h;
+};
+
+struct AttentionFwdParams : AttentionParams {
+  OutRows out;
+  float* lse = nullptr;  // [groups, M] or null
 };
 
 }  // namespace relpos

@@ -3,11 +3,13 @@
 namespace relpos {
 namespace {
 
-struct Limits {
-  int64_t per_block, per_sm;  // bytes of shared memory
-};
+constexpr int64_t kReservedPerBlock = 1024;
+constexpr int kBlocksPerSm = 2;                            // hide one block's prologue behind the other's stream
+constexpr int64_t kMaxOffset = (int64_t{1} << 31) - 4096;  // of an element within a block's slab
 
-Limits limits_of(int arch) {
+}  // namespace
+
+SharedLimits shared_limits(int arch) {
   constexpr int64_t kKiB = 1024;
   switch (arch) {
     case 80:
@@ -22,12 +24,6 @@ Limits limits_of(int arch) {
   }
 }
 
-constexpr int64_t kReservedPerBlock = 1024;
-constexpr int kBlocksPerSm = 2;                            // hide one block's prologue behind the other's stream
-constexpr int64_t kMaxOffset = (int64_t{1} << 31) - 4096;  // of an element within a block's slab
-
-}  // namespace
-
 std::string LogitsPlan::kernel(Direction direction) const {
   if (!refusal.empty()) return "none";
   const std::string name = direction == Direction::kForward ? "logits_fwd" : "logits_bwd";
@@ -37,7 +33,7 @@ std::string LogitsPlan::kernel(Direction direction) const {
 LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int arch) {
   const bool forward = direction == Direction::kForward;
   const bool fits_tensor_cores = q_bytes == 2 && s.D % 8 == 0 && (forward || s.D <= kMaxProductD);
-  const Limits limits = limits_of(arch);
+  const SharedLimits limits = shared_limits(arch);
   LogitsPlan plan;
   for (const bool tensor_cores : {true, false}) {  // long factors: fewer rows fit without tensor cores
     if (tensor_cores && !fits_tensor_cores) continue;

@@ -18,6 +18,11 @@ constexpr int kProductDepth = 32;  // summands that a tensor-core product of the
 constexpr int kProductPad = 8;     // elements that keep ldmatrix free of bank conflicts
 constexpr int kMaxProductD = 128;  // head dimensions it takes
 
+struct SharedLimits {
+  int64_t per_block, per_sm;  // bytes of shared memory
+};
+SharedLimits shared_limits(int arch);
+
 enum class Direction { kForward, kBackward };
 
 struct LogitsPlan {

@@ -18,7 +18,7 @@ from relpos_cuda import _ops, autograd
 from simt import toolchain
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["csrc/cuda/logits.cu", "csrc/plan.cpp"]
+SOURCES = ["csrc/cuda/logits.cu", "csrc/cuda/attention_fwd.cu", "csrc/plan.cpp", "csrc/plan_attention.cpp"]
 NAMESPACE = "relpos_emulated"
 INSTEAD = "RELPOS_EMULATED_LIBRARY"  # variable that names another library to test, one with a planted bug
 

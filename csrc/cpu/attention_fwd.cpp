@@ -105,18 +105,7 @@ STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_fwd", TORCH_B
 }  // namespace
 
 Rows rows_like(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
-  const int64_t dim = q.dim();
-  RELPOS_CHECK(t.dim() == dim, name, " has ", t.dim(), " dimensions, q has ", dim);
-  for (int64_t i = 0; i < dim - 2; ++i)
-    RELPOS_CHECK(t.size(i) == q.size(i), name, " must have size ", q.size(i), " like q in dimension ", i, ", got ",
-                 t.size(i));
-  RELPOS_CHECK(t.size(dim - 2) == tokens, name, " must have ", tokens, " tokens, got ", t.size(dim - 2));
-  RELPOS_CHECK(t.size(dim - 1) == s.D, name, " must have the head dimension of q, ", s.D, ", got ", t.size(dim - 1));
-  RELPOS_CHECK(s.D == 1 || t.stride(dim - 1) == 1 || t.numel() == 0, "the last axis of ", name, " must be contiguous");
-  RELPOS_CHECK(t.scalar_type() == q.scalar_type(), name, " is ", name_of(t.scalar_type()), ", q is ",
-               name_of(q.scalar_type()));
-  check_device(name, t, q);
-  const QueryStrides strides = {t.stride(0), dim == 4 ? t.stride(1) : 0, t.stride(dim - 2)};
+  const QueryStrides strides = check_tokens(name, t, q, s, tokens);
   return {const_cast<char*>(static_cast<const char*>(t.const_data_ptr())), strides, dtype_of(name, t)};
 }
 

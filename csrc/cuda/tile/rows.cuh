@@ -6,7 +6,7 @@
 namespace relpos {
 
 // Every thread below `count` locates one row.
-__device__ __forceinline__ void locate_rows(const Shape& s, const QueryRows& q, int64_t first_row, int count,
+__device__ __forceinline__ void locate_rows(const Shape& s, const InRows& q, int64_t first_row, int count,
                                             RowOfTile* rows) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
     const int64_t row = first_row + i, group = row / s.M();

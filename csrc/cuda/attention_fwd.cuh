@@ -1,0 +1,158 @@
+// attention_fwd.cuh - attention with a decomposed bias; the M x N scores are never stored.
+//
+//   score[m, n] = scale * (<q[m], k[n]> + column[m, j] / scale) + line[m, i]      n in line i, column j
+//   out[m]      = sum over n of softmax(score[m, :])[n] * v[n]
+//   lse[m]      = log of the sum over n of exp(score[m, n])
+//
+//                     keys, a tile per step --->
+//                  +---------+---------+---------+
+//   16 or 32       | line 0  | line 1  | ..      |     line factors: one number per query and line, shared memory
+//   queries        |         |         |         |     column factors: the same in every tile, registers, where the
+//   per warp       +---------+---------+---------+                    products with the keys start from
+//
+//   grid     (groups * ceil(M / block_rows)), the blocks of a group next to each other: they share its keys in L2.
+//   thread   lane 4 g + t of a warp: queries g and g + 8 of each strip, columns 2t and 2t + 1 of each block of 8.
+//   shared   coordinates and q of the block; two stages of k and v, before them the column factors; line factors.
+//   barriers one per tile: it has arrived, and the one before is done with. One more before a span overwrites all.
+//
+// The largest score of a query need not be exact: it is renewed only when it has grown by kMayGrow powers of two.
+#pragma once
+#include "tile/factors.cuh"
+
+namespace relpos {
+
+constexpr float kMayGrow = 8.f;
+
+template <typename T, int D, int BLOCKS, bool ONE_LINE>
+struct AttentionFwd {
+  static constexpr int kStrips = strips_of(sizeof(T), D);
+  static constexpr int kPart = D == 96 || sizeof(T) == 4 ? 2 : BLOCKS == 8 ? 4 : BLOCKS;  // blocks at a time: registers
+  float out[kStrips][D / 8][4] = {};
+  float reference[kStrips][2], sum[kStrips][2] = {};  // powers of two
+
+  __device__ __forceinline__ AttentionFwd() {
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) reference[s][0] = reference[s][1] = -INFINITY;
+  }
+
+  // Scores, and what their lines add; returns with weights in their place.
+  __device__ __forceinline__ void absorb(float (&score)[kStrips][kPart][4], const float (&line)[kStrips][2],
+                                         float to_powers, const Tile<T, D>& v, int v_row) {
+    renew_reference(score, line, to_powers);
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int j = 0; j < kPart; ++j)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          score[s][j][e] = exp2_approx(fmaf(score[s][j][e], to_powers, line[s][e / 2] - reference[s][e / 2]));
+          sum[s][e / 2] += score[s][j][e];
+        }
+    add_weighted(out, score, v, v_row);
+  }
+
+  __device__ __forceinline__ void renew_reference(const float (&score)[kStrips][kPart][4],
+                                                  const float (&line)[kStrips][2], float to_powers) {
+    float most[kStrips][2];
+    bool grown = false;
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < kPart; ++j) x = fmaxf(x, fmaxf(score[s][j][2 * half], score[s][j][2 * half + 1]));
+        most[s][half] = fmaf(x, to_powers, line[s][half]);
+        grown |= most[s][half] > reference[s][half] + kMayGrow;
+      }
+    if (!__any_sync(~0u, grown)) return;
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float x = fmaxf(most[s][half], reference[s][half]);
+        for (int d = 1; d < 4; d *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+        const float shrink = exp2_approx(reference[s][half] - x);
+        reference[s][half] = x;
+        sum[s][half] *= shrink;
+#pragma unroll
+        for (int d = 0; d < D / 8; ++d) out[s][d][2 * half] *= shrink, out[s][d][2 * half + 1] *= shrink;
+      }
+  }
+
+  // Strip s; `rows` is a tile of the block's queries, of which the warp takes its own.
+  template <typename Bias>
+  __device__ __forceinline__ void store(const AttentionFwdParams& p, const QueryBlock& block, int s, const Bias& bias,
+                                        const Tile<T, D>& rows) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float total = sum[s][half];
+      for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+      const int m = bias.row(half);
+      if (p.lse && lane % 4 == 0 && m < block.count)
+        p.lse[block.group * p.shape.M() + block.first + m] =
+            (reference[s][half] + bias.largest[half] + log2f(total)) * kLn2;
+#pragma unroll
+      for (int d = 0; d < D / 8; ++d)
+        set_pair(rows.at(m, d * 8 + lane % 4 * 2), out[s][d][2 * half] / total, out[s][d][2 * half + 1] / total);
+    }
+    __syncwarp();
+    T* group = block.rows_of<T>(p.out);
+    store_rows(rows, bias.first, 16, p.shape.D, [&](int m) {
+      return m < block.count ? group + static_cast<int64_t>(block.first + m) * p.out.row : nullptr;
+    });
+  }
+};
+
+template <typename T, int D, int BLOCKS, bool ONE_LINE>
+__global__ void __launch_bounds__(kMostAttentionThreads) attention_fwd_kernel(const AttentionFwdParams p) {
+  using Warp = AttentionFwd<T, D, BLOCKS, ONE_LINE>;
+  using Bias = StripBias<T, BLOCKS, ONE_LINE>;
+  constexpr int kStrips = Warp::kStrips;
+  constexpr float kNothing[2] = {};
+  RELPOS_DYNAMIC_SHARED(shared);
+  const AttentionFwdShared at = attention_fwd_shared(p.shape, p.keys, p.block_rows, D, sizeof(T));
+  Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
+  const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)};
+  const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
+  const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows};
+  const int warp = threadIdx.x / 32, first = warp * 16 * kStrips;
+  float* stage = reinterpret_cast<float*>(shared + at.keys) + warp * 16 * Bias::kLd;
+
+  const QueryBlock block(p, p.block_rows);
+  copy_queries(q, p.block_rows, p, block, p.q);
+  cp_async_commit();
+  locate_queries(p.shape, block, p.block_rows, rows);
+  cp_async_wait<0>();
+  __syncthreads();
+
+  Warp mine;
+  Bias bias[kStrips];
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) {
+    bias[s].first = first + s * 16;
+    lines.fill(p, rows, q, bias[s].first, bias[s].largest);
+  }
+  const float to_powers = p.scale * kLog2e;
+  for (int i = -Span::count_before(p); i < p.keys.spans; ++i) {
+    const Span span(p, i);
+    __syncthreads();  // the stages may be overwritten
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s) bias[s].fill_columns(p, span, rows, q, kNothing, stage);
+    keys.for_each_tile(p, block, span, [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+#pragma unroll
+      for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) {
+        float score[kStrips][Warp::kPart][4], line[kStrips][2];
+#pragma unroll
+        for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
+        add_products(score, q, first, k, begin * 8);
+        mine.absorb(score, line, to_powers, v, begin * 8);
+      }
+    });
+  }
+#pragma unroll
+  for (int s = 0; s < kStrips; ++s) mine.store(p, block, s, bias[s], q);
+}
+
+}  // namespace relpos

@@ -1,0 +1,182 @@
+// factors.cuh - the bias of a warp's queries: per line of keys in shared memory, per column in registers.
+//
+// As in bias.cuh, queries times the range of table rows that they use, and every element to the key that `inverse`
+// names. What is kept per line is relative to the largest of its query: softmax does not mind, half precision is then
+// exact enough where it matters, and nothing overflows.
+#pragma once
+#include "tokens.cuh"
+
+namespace relpos {
+
+template <typename T>
+using Factor = std::conditional_t<sizeof(T) == 2, __half, float>;  // bfloat16 would lose three bits
+
+// The table rows that 16 queries use on an axis: low > high if none has a bias.
+__device__ __forceinline__ void strip_range(const AttentionParams& p, int a, const Coordinates* rows, int& low,
+                                            int& high) {
+  const Axis& axis = p.shape.axis[a];
+  const int c = rows[threadIdx.x % 16].of[a];
+  int least = c < 0 ? axis.queries : c, most = c;
+  for (int x = 8; x; x /= 2) {
+    least = min(least, __shfl_xor_sync(~0u, least, x));
+    most = max(most, __shfl_xor_sync(~0u, most, x));
+  }
+  const int32_t* of_axis = p.index + axis.index;
+  low = most < 0 ? 0 : of_axis[least * axis.keys + axis.keys - 1];
+  high = most < 0 ? -1 : of_axis[most * axis.keys];
+}
+
+// put(half, row, key, factor) for every factor of a strip of 16 queries, `first` and on, that this lane holds: row is
+// lane / 4 + 8 half of the strip.
+template <typename T, int D, typename F>
+__device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const Coordinates* rows,
+                                              const Tile<T, D>& q, int first, F&& put) {
+  constexpr int kBlocks = 4;  // of 8 table rows, sharing operands of q
+  const Axis& axis = p.shape.axis[a];
+  const T* table = static_cast<const T*>(p.table);
+  const int lane = threadIdx.x % 32;
+  int low, high;
+  strip_range(p, a, rows + first, low, high);
+  for (int l0 = low; l0 <= high; l0 += 8 * kBlocks) {
+    float acc[kBlocks][4] = {};
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+      OperandA<T> queries;
+      queries.load(q, first, step);
+#pragma unroll
+      for (int n = 0; n < kBlocks; ++n) {
+        const int l = l0 + n * 8 + lane / 4;
+        OperandB<T> row;
+        row.load_row(table + static_cast<int64_t>(l) * p.shape.D, step * 16, p.shape.D, l <= high);
+        multiply(acc[n], queries, row);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, l = l0 + n * 8 + lane % 4 * 2 + e % 2;
+        const int c = rows[first + row].of[a];
+        if (c < 0 || l > high) continue;
+        const int key = p.index[axis.inverse + c * axis.rows + l - axis.first_row];
+        if (key >= 0) put(e / 2, row, key, acc[n][e]);
+      }
+  }
+}
+
+// The largest of each of this lane's two queries over all keys of an axis; 0 if it has no bias.
+template <typename T, int D>
+__device__ __forceinline__ void largest_factors(const AttentionParams& p, int a, const Coordinates* rows,
+                                                const Tile<T, D>& q, int first, float (&largest)[2]) {
+  float most[2] = {-INFINITY, -INFINITY};
+  strip_factors<T>(p, a, rows, q, first, [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    for (int x = 1; x < 4; x *= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], x));
+    largest[half] = rows[first + threadIdx.x % 32 / 4 + half * 8].of[a] < 0 ? 0.f : most[half];
+  }
+}
+
+// Of all queries of a block: [t and h keys, block rows], in powers of two, below that of their largest.
+template <typename T>
+struct LineFactors {
+  Factor<T>* data;
+  int ld;
+
+  __device__ __forceinline__ Factor<T>& at(const Shape& s, int a, int key, int row) const {
+    return data[((a == kH ? s.axis[kT].factors() : 0) + key) * ld + row];
+  }
+  // Of all keys in a line.
+  __device__ __forceinline__ float operator()(const AttentionParams& p, int line, int row) const {
+    const Shape& s = p.shape;
+    if (s.axis[kT].rows == 0) return to_float(at(s, kH, line, row));
+    int h;
+    const int t = p.by_keys_h.divide(line, h);
+    return to_float(at(s, kT, t, row)) + to_float(at(s, kH, h, row));
+  }
+
+  // By the warp of that strip. largest: of each of the lane's two queries, the axes summed, in powers of two.
+  template <int D>
+  __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
+                                       int first, float (&largest)[2]) const {
+    largest[0] = largest[1] = 0.f;
+    for (int a = kT; a < kW; ++a) {
+      const Axis& axis = p.shape.axis[a];
+      if (axis.rows == 0) continue;
+      float most[2];
+      largest_factors<T>(p, a, rows, q, first, most);
+      strip_factors<T>(p, a, rows, q, first, [&](int half, int row, int key, float x) {
+        at(p.shape, a, key, first + row) = from_float<Factor<T>>((x - most[half]) * kLog2e);
+      });
+      for (int i = threadIdx.x % 32; i < 16 * axis.keys; i += 32)
+        if (rows[first + i % 16].of[a] < 0) at(p.shape, a, i / 16, first + i % 16) = from_float<Factor<T>>(0.f);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) largest[half] += most[half] * kLog2e;
+    }
+    __syncwarp();
+  }
+};
+
+// The bias of one strip of 16 queries and one span, as the scores of a tile lie in registers.
+template <typename T, int BLOCKS, bool ONE_LINE>
+struct StripBias {
+  static constexpr int kLd = BLOCKS * 8 + kInnerPad;
+  int first;                // query of the block
+  float largest[2];         // what line factors are below, in powers of two
+  float column[BLOCKS][4];  // divided by scale; -inf past the span
+
+  __device__ __forceinline__ int row(int half) const { return first + threadIdx.x % 32 / 4 + half * 8; }
+
+  // Factors less `below`, of each of the lane's two queries. `stage`: 16 rows of the warp's own.
+  template <int D>
+  __device__ __forceinline__ void fill_columns(const AttentionParams& p, const Span& span, const Coordinates* rows,
+                                               const Tile<T, D>& q, const float (&below)[2], float* stage) {
+    const int lane = threadIdx.x % 32;
+    const float inverse = 1.f / p.scale;
+    if (span.of_lines) {
+      strip_factors<T>(p, kW, rows, q, first, [&](int half, int row, int key, float x) {
+        const int at = key - span.first;
+        if (at >= 0 && at < span.columns) stage[row * kLd + at] = (x - below[half]) * inverse;
+      });
+      __syncwarp();
+    }
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int at = span.column(p.keys, j) + lane % 4 * 2 + e % 2;
+        const bool biased = span.of_lines && rows[row(e / 2)].of[kW] >= 0;
+        column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[(row(e / 2) - first) * kLd + at] : 0.f;
+      }
+    __syncwarp();  // before the next strip overwrites the stage
+  }
+
+  // What all keys of a line have in common, in powers of two.
+  __device__ __forceinline__ float line_factor(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
+                                               int line, int half) const {
+    if (!span.of_lines) return -largest[half];
+    return line < p.shape.outer_keys() ? lines(p, line, row(half)) : -INFINITY;
+  }
+
+  // Blocks `begin` .. of a tile: score is what the products with the keys start from, `line` what is to be added to
+  // them after, in powers of two.
+  template <int PART>
+  __device__ __forceinline__ void start(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
+                                        int tile, int begin, float (&score)[PART][4], float (&line)[2]) const {
+    const float from_powers = kLn2 / p.scale;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      line[half] = ONE_LINE ? line_factor(p, lines, span, tile, half) : 0.f;
+#pragma unroll
+      for (int j = 0; j < PART; ++j) {
+        float add = 0.f;
+        if constexpr (!ONE_LINE)
+          add = line_factor(p, lines, span, tile * p.keys.lines + p.keys.line_of[begin + j], half) * from_powers;
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) score[j][e] = column[begin + j][e] + add;
+      }
+    }
+  }
+};
+
+}  // namespace relpos

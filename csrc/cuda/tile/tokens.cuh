@@ -1,0 +1,154 @@
+// tokens.cuh - the queries of an attention block and its tiles of keys, on their way into shared memory.
+#pragma once
+#include "../../params.h"
+#include "operands.cuh"
+
+namespace relpos {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// Where a block works: queries first .. first + count - 1 of one group.
+struct QueryBlock {
+  int group, first, count;
+  int batch, head;
+
+  __device__ __forceinline__ QueryBlock(const AttentionParams& p, int rows) {
+    int tile;
+    group = p.by_tiles.divide(static_cast<int>(blockIdx.x), tile);
+    batch = p.by_heads.divide(group, head);
+    first = tile * rows;
+    count = min(rows, static_cast<int>(p.shape.M()) - first);
+  }
+  // Row 0 of the group.
+  template <typename T, typename Data>
+  __device__ __forceinline__ auto* rows_of(const TokenRows<Data>& rows) const {
+    const int64_t offset = batch * rows.batch + head * rows.head;
+    if constexpr (std::is_same_v<Data, void*>)
+      return static_cast<T*>(rows.data) + offset;
+    else
+      return static_cast<const T*>(rows.data) + offset;
+  }
+};
+
+// Coordinates of the block's queries; -1 for class tokens, and where there is no query.
+__device__ __forceinline__ void locate_queries(const Shape& s, const QueryBlock& block, int block_rows,
+                                               Coordinates* rows) {
+  for (int i = threadIdx.x; i < block_rows; i += blockDim.x) {
+    const int token = i < block.count ? block.first + i - s.prefix : -1;
+    const int line = token / s.axis[kW].queries;
+    rows[i].of[kT] = token < 0 ? -1 : line / s.axis[kH].queries;
+    rows[i].of[kH] = token < 0 ? -1 : line % s.axis[kH].queries;
+    rows[i].of[kW] = token < 0 ? -1 : token % s.axis[kW].queries;
+  }
+}
+
+// Starts copies of `rows` rows into a tile by `threads` threads, of which this is number `thread`. A pair of threads
+// takes a row, 32 bytes at a time. from(row) is where it lies, or null for zeros; `some` is any valid address.
+template <typename T, int D, typename F>
+__device__ __forceinline__ void copy_rows(const Tile<T, D>& to, int rows, int width, int thread, int threads,
+                                          const T* some, F&& from) {
+  for (int row = thread / 2; row < rows; row += threads / 2) {
+    const T* source = from(row);
+#pragma unroll
+    for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
+      const int chunk = 2 * i + thread % 2, d = chunk * Tile<T, D>::kChunk;
+      const bool exists = source != nullptr && d < width;
+      cp_async_16(to.chunk(row, chunk), exists ? source + d : some, exists);
+    }
+  }
+}
+
+// Rows first .. first + rows - 1 of one group, zeros from `count` on.
+template <typename T, int D>
+__device__ __forceinline__ void copy_queries(const Tile<T, D>& to, int rows, const AttentionParams& p,
+                                             const QueryBlock& block, const InRows& from) {
+  const T* group = block.rows_of<T>(from);
+  copy_rows(to, rows, p.shape.D, threadIdx.x, blockDim.x, group, [&](int row) {
+    return row < block.count ? group + static_cast<int64_t>(block.first + row) * from.row : nullptr;
+  });
+}
+
+// Stores a warp's `rows` rows of a tile, as far as tokens exist, to out(row) (null: there is none), 16 bytes at a time.
+template <typename T, int D, typename F>
+__device__ __forceinline__ void store_rows(const Tile<T, D>& from, int first, int rows, int width, F&& out) {
+  const int lane = threadIdx.x % 32;
+  for (int row = lane / 2; row < rows; row += 16) {
+    T* to = out(first + row);
+    if (to == nullptr) continue;
+#pragma unroll
+    for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
+      const int chunk = 2 * i + lane % 2, d = chunk * Tile<T, D>::kChunk;
+      if (d < width) *reinterpret_cast<uint4*>(to + d) = *reinterpret_cast<const uint4*>(from.chunk(first + row, chunk));
+    }
+  }
+}
+
+// ---- keys
+
+// One span of the keys: columns first .. first + columns - 1 of every line; before the lines, up to a tile of class
+// tokens at a time, whose span is negative.
+struct Span {
+  bool of_lines;
+  int first, columns, tiles;
+
+  __device__ __forceinline__ static int count_before(const AttentionParams& p) {
+    return ceil_div(p.shape.prefix, p.keys.keys());
+  }
+  __device__ __forceinline__ Span(const AttentionParams& p, int i) : of_lines(i >= 0) {
+    const int all = of_lines ? p.shape.axis[kW].keys : p.shape.prefix;
+    const int each = of_lines ? p.keys.columns : p.keys.keys();
+    first = (of_lines ? i : i + count_before(p)) * each;
+    columns = min(each, all - first);
+    tiles = of_lines ? ceil_div(p.shape.outer_keys(), p.keys.lines) : 1;
+  }
+  // Of block j, counted from `first`.
+  __device__ __forceinline__ int column(const KeyTiling& keys, int j) const {
+    return of_lines ? keys.column_of[j] : 8 * j;
+  }
+};
+
+// Tile number `tile` of a span: k and v.
+template <typename T, int D>
+__device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>& v, const AttentionParams& p,
+                                          const QueryBlock& block, const Span& span, int tile) {
+  const T *k_group = block.rows_of<T>(p.k), *v_group = block.rows_of<T>(p.v);
+  const auto token = [&](int row) {
+    const int j = row / 8, column = span.column(p.keys, j) + row % 8;
+    if (column >= span.columns) return -1;
+    if (!span.of_lines) return span.first + column;
+    const int line = tile * p.keys.lines + p.keys.line_of[j];
+    return line < p.shape.outer_keys() ? p.shape.prefix + line * p.shape.axis[kW].keys + span.first + column : -1;
+  };
+  const auto rows = [&](const T* group, const InRows& from) {
+    return [&, group](int row) {
+      const int n = token(row);
+      return n >= 0 ? group + n * from.row : nullptr;
+    };
+  };
+  copy_rows(k, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, k_group, rows(k_group, p.k));
+  copy_rows(v, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, v_group, rows(v_group, p.v));
+}
+
+// The tiles of a span pass through two stages: while one is worked on, the next is on its way.
+template <typename T, int D, int BLOCKS>
+struct KeyStages {
+  T* data;
+
+  __device__ __forceinline__ Tile<T, D> get(int tile, int which) const {
+    return {data + (tile % kKeyStages * 2 + which) * BLOCKS * 8 * Tile<T, D>::kLd};
+  }
+  // work(tile, k, v), by all threads; the first tile may be overwritten.
+  template <typename F>
+  __device__ __forceinline__ void for_each_tile(const AttentionParams& p, const QueryBlock& block, const Span& span,
+                                                F&& work) const {
+    for (int tile = -1; tile < span.tiles; ++tile) {
+      cp_async_wait<0>();
+      __syncthreads();  // it is there, and the one before is done with
+      if (tile + 1 < span.tiles) copy_keys(get(tile + 1, 0), get(tile + 1, 1), p, block, span, tile + 1);
+      cp_async_commit();
+      if (tile >= 0) work(tile, get(tile, 0), get(tile, 1));
+    }
+  }
+};
+
+}  // namespace relpos

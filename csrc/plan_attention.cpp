@@ -1,0 +1,65 @@
+#include "plan_attention.h"
+
+#include "plan.h"
+
+namespace relpos {
+namespace {
+
+constexpr int kMostColumnsOfManyLines = 32;  // longer lines have a tile of their own
+constexpr int kPastEverySpan = 1 << 20;
+
+int blocks_of(int columns) { return columns <= 48 ? 6 : kMaxKeyBlocks; }
+
+std::string with(const char* what, int64_t value) { return what + std::to_string(value); }
+
+std::string refusal_of(const Shape& s, double scale) {
+  if (kernel_head_dim(s.D) == 0) return with("attention kernels take multiples of 8 up to 128 as D, not ", s.D);
+  if (!(scale >= kLeastScale && scale <= kMostScale))
+    return "scale = " + std::to_string(scale) + " is not between 1/512 and 512";
+  constexpr int64_t kMost = (int64_t{1} << 31) - 4096;
+  if (s.M() > kMost || s.N() > kMost || s.groups * ceil_div<int64_t>(s.M(), 16) > kMost)
+    return "there are more than 2^31 tokens or blocks";
+  return "";
+}
+
+}  // namespace
+
+KeyTiling tile_keys(const Shape& s, int bytes) {
+  const int keys_w = s.axis[kW].keys;
+  KeyTiling t;
+  t.one_line = bytes == 2 && keys_w > kMostColumnsOfManyLines;
+  const int most_blocks = bytes == 2 ? kMaxKeyBlocks : kMaxKeyBlocks / 2;
+  t.spans = ceil_div(keys_w, most_blocks * 8);
+  t.columns = round_up(ceil_div(keys_w, t.spans), 8);
+  t.blocks = t.one_line ? blocks_of(t.columns) : most_blocks;
+  const int line_blocks = t.columns / 8;
+  t.lines = t.one_line ? 1 : t.blocks / line_blocks;
+  for (int j = 0; j < kMaxKeyBlocks; ++j) {
+    const bool used = j < t.lines * line_blocks;
+    t.line_of[j] = used ? j / line_blocks : 0;
+    t.column_of[j] = used ? j % line_blocks * 8 : kPastEverySpan;
+  }
+  return t;
+}
+
+AttentionPlan plan_attention_fwd(const Shape& s, int bytes, int arch, double scale) {
+  AttentionPlan plan;
+  plan.refusal = refusal_of(s, scale);
+  if (!plan.refusal.empty()) return plan;
+  plan.keys = tile_keys(s, bytes);
+  plan.head_dim = kernel_head_dim(s.D);
+  const int64_t most = shared_limits(arch).per_block;
+  for (int warps : {4, 2, 1}) {  // long factors: fewer queries fit
+    plan.threads = warps * 32;
+    plan.block_rows = warps * 16 * strips_of(bytes, plan.head_dim);
+    plan.shared_bytes = attention_fwd_shared(s, plan.keys, plan.block_rows, plan.head_dim, bytes).total;
+    if (plan.shared_bytes <= most) break;
+  }
+  plan.grid = s.groups * ceil_div<int64_t>(s.M(), plan.block_rows);
+  if (plan.shared_bytes > most)
+    plan.refusal = "the factors of a few queries and a tile of keys, " + std::to_string(plan.shared_bytes) +
+                   " bytes, exceed shared memory";
+  return plan;
+}
+
+}  // namespace relpos
