@@ -89,4 +89,13 @@ struct AttentionFwdParams : AttentionParams {
   float* lse = nullptr;  // [groups, M] or null
 };
 
+struct AttentionBwdParams : AttentionParams {
+  InRows grad, out;
+  const float* lse = nullptr;  // [groups, M]
+  OutRows dq, dk, dv;          // data may be null
+  float* dfactors = nullptr;   // [rows, factors] or null
+  void* columns = nullptr;     // plan_attention.h; null where neither dk nor dv is wanted
+  float* lines = nullptr;
+};
+
 }  // namespace relpos

@@ -42,20 +42,33 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
   return t;
 }
 
-AttentionPlan plan_attention_fwd(const Shape& s, int bytes, int arch, double scale) {
+std::string AttentionPlan::kernel(AttentionKernel which) const {
+  if (!refusal.empty()) return "none";
+  if (which == AttentionKernel::kBackwardKeys) return with("attention_bwd_keys_d", head_dim);
+  const char* name = which == AttentionKernel::kForward ? "attention_fwd_d" : "attention_bwd_queries_d";
+  return with(name, head_dim) + (keys.one_line ? "_line_" : "_lines_") + std::to_string(keys.keys());
+}
+
+AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, int arch, double scale) {
   AttentionPlan plan;
   plan.refusal = refusal_of(s, scale);
   if (!plan.refusal.empty()) return plan;
   plan.keys = tile_keys(s, bytes);
-  plan.head_dim = kernel_head_dim(s.D);
-  const int64_t most = shared_limits(arch).per_block;
-  for (int warps : {4, 2, 1}) {  // long factors: fewer queries fit
+  const int D = plan.head_dim = kernel_head_dim(s.D);
+  const bool forward = kernel == AttentionKernel::kForward, of_keys = kernel == AttentionKernel::kBackwardKeys;
+  const int rows_of_warp = 16 * (forward ? strips_of(bytes, D) : 1);
+  const int64_t most = shared_limits(arch).per_block, rows = of_keys ? KeySlots(s).count(s) : s.M();
+  // Backward: more warps share a tile that passes; forward: two blocks share an SM. Long factors: fewer queries fit.
+  for (int warps = forward ? 4 : 8; warps; warps /= 2) {
     plan.threads = warps * 32;
-    plan.block_rows = warps * 16 * strips_of(bytes, plan.head_dim);
-    plan.shared_bytes = attention_fwd_shared(s, plan.keys, plan.block_rows, plan.head_dim, bytes).total;
-    if (plan.shared_bytes <= most) break;
+    plan.block_rows = warps * rows_of_warp;
+    plan.shared_bytes = forward   ? attention_fwd_shared(s, plan.keys, plan.block_rows, D, bytes).total
+                        : of_keys ? attention_bwd_keys_shared(s, plan.block_rows, D, bytes).total
+                                  : attention_bwd_queries_shared(s, plan.keys, plan.block_rows, D, bytes).total;
+    const bool wasteful = warps > 1 && plan.block_rows / 2 >= rows;
+    if (plan.shared_bytes <= most && !wasteful) break;
   }
-  plan.grid = s.groups * ceil_div<int64_t>(s.M(), plan.block_rows);
+  plan.grid = s.groups * ceil_div<int64_t>(rows, plan.block_rows);
   if (plan.shared_bytes > most)
     plan.refusal = "the factors of a few queries and a tile of keys, " + std::to_string(plan.shared_bytes) +
                    " bytes, exceed shared memory";

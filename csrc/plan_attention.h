@@ -15,6 +15,7 @@ namespace relpos {
 
 constexpr int kMostAttentionThreads = 256;
 constexpr int kMaxKeyBlocks = 8, kKeyStages = 2;
+constexpr int kQueryTile = 64;  // queries that pass the keys that stay, at a time
 constexpr int kInnerPad = 4;  // floats between rows of factors that pass through shared memory
 constexpr float kLeastScale = 1.f / 512, kMostScale = 512.f;  // the bias is kept divided by it, half precision included
 
@@ -39,6 +40,9 @@ constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 96 ? 2 : 1
 // Elements from one row of a tile in shared memory to the next.
 RELPOS_HD constexpr int tile_ld(int D, int bytes) { return D + 16 / bytes; }
 
+// Floats from the line gradients of one key to the next: lanes that read a query's are in different banks.
+RELPOS_HD constexpr int dlines_ld(int block_rows) { return block_rows + 1; }
+
 struct Coordinates {  // of a query; -1: it has no bias
   int of[kAxes];
 };
@@ -59,17 +63,81 @@ RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const K
   return at;
 }
 
+// Backward, queries stay: dq, the factor gradients, and what the second kernel needs of the factors.
+struct AttentionBwdQueriesShared {
+  int64_t rows, q, grad, keys, lines, dlines, total;
+};
+RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Shape& s, const KeyTiling& tiling,
+                                                                        int block_rows, int D, int bytes) {
+  const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes, outer = s.axis[kT].factors() + s.axis[kH].factors();
+  const int64_t stages = 2 * kKeyStages * tiling.keys() * ld;
+  const int64_t inner = block_rows * (int64_t{tiling.keys() + kInnerPad} * 4 + ld);  // and 16 table rows per warp
+  AttentionBwdQueriesShared at{};
+  at.q = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
+  at.grad = at.q + block_rows * ld;
+  at.keys = at.grad + block_rows * ld;
+  at.lines = at.keys + (stages > inner ? stages : inner);
+  at.dlines = at.lines + round_up<int64_t>(outer * block_rows * bytes, 16);
+  at.total = at.dlines + outer * dlines_ld(block_rows) * 4;
+  return at;
+}
+
+// Backward, keys stay: dk and dv. Its keys stand in slots: class tokens, then every line padded to whole blocks.
+struct KeySlots {
+  int prefix, line;  // slots of the class tokens, of a line
+  int prefix_lines;  // 1 if there are class tokens: they have a line of their own
+
+  RELPOS_HD explicit KeySlots(const Shape& s)
+      : prefix(round_up(s.prefix, 8)), line(round_up(s.axis[kW].keys, 8)), prefix_lines(s.prefix > 0) {}
+  RELPOS_HD int64_t count(const Shape& s) const { return prefix + int64_t{s.outer_keys()} * line; }
+  RELPOS_HD int lines(const Shape& s) const { return prefix_lines + s.outer_keys(); }
+};
+
+// What the first kernel leaves for the second.
+//   columns [groups, M, slots of a line]     in half precision for half precision q
+//   lines   [groups, lines + 1, queries]     float, the last is delta
+RELPOS_HD inline int64_t padded_queries(const Shape& s) { return round_up<int64_t>(s.M(), 4); }
+
+struct AttentionBwdKeysShared {
+  int64_t k, v, stages;                                  // a stage holds:
+  int64_t q, grad, columns, lines, delta, bytes_of_stage;  // bytes from its begin
+  int64_t total;
+  int column_blocks, column_ld, lines_at_most;
+};
+RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s, int block_keys, int D, int bytes) {
+  const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
+  const KeySlots slots(s);
+  AttentionBwdKeysShared at{};
+  at.column_blocks = (slots.line < block_keys ? slots.line : block_keys) / 8;
+  at.column_ld = 8 * at.column_blocks + (bytes == 2 && at.column_blocks % 2 ? 0 : 16 / bytes);
+  const int lines = block_keys / slots.line + 2 + slots.prefix_lines;
+  at.lines_at_most = lines < block_keys / 8 ? lines : block_keys / 8;
+  at.v = at.k + block_keys * ld;
+  at.stages = at.v + block_keys * ld;
+  at.grad = at.q + kQueryTile * ld;
+  at.columns = at.grad + kQueryTile * ld;
+  at.lines = at.columns + int64_t{kQueryTile} * at.column_ld * bytes;
+  at.delta = at.lines + int64_t{at.lines_at_most} * kQueryTile * 4;
+  at.bytes_of_stage = at.delta + kQueryTile * 4;
+  at.total = at.stages + 2 * at.bytes_of_stage;
+  return at;
+}
+
+enum class AttentionKernel { kForward, kBackwardQueries, kBackwardKeys };
+
 struct AttentionPlan {
   std::string refusal;  // why no kernel takes the problem; empty if one does
   KeyTiling keys;
   int head_dim = 0;    // of the kernel
-  int block_rows = 0;  // queries of a block
+  int block_rows = 0;  // queries, or slots of keys, of a block
   int threads = 0;
   int64_t grid = 0;
   int64_t shared_bytes = 0;
+
+  std::string kernel(AttentionKernel which) const;
 };
 
 // bytes: of an element of q; arch: 80, 86, 90, ...
-AttentionPlan plan_attention_fwd(const Shape& s, int bytes, int arch, double scale);
+AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, int arch, double scale);
 
 }  // namespace relpos

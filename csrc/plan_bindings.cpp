@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "plan_attention.h"
 
 namespace py = pybind11;
 
@@ -27,11 +28,8 @@ int bytes_of(const std::string& dtype) {
   return found->second;
 }
 
-NamedPlan plan(const std::string& direction, const std::string& dtype, int64_t groups,
-               const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int head_dim,
-               int num_prefix_tokens, int arch) {
-  if (direction != "forward" && direction != "backward")
-    throw std::invalid_argument("direction must be forward or backward, got " + direction);
+Shape shape_of(int64_t groups, const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int head_dim,
+               int num_prefix_tokens) {
   if (q_size.size() != k_size.size() || (q_size.size() != 2 && q_size.size() != 3))
     throw std::invalid_argument("q_size and k_size must both be (h, w) or (t, h, w)");
   Shape s;
@@ -39,9 +37,33 @@ NamedPlan plan(const std::string& direction, const std::string& dtype, int64_t g
   s.groups = groups;
   s.D = head_dim;
   s.prefix = num_prefix_tokens;
+  return s;
+}
+
+NamedPlan logits(const std::string& direction, const std::string& dtype, int64_t groups,
+                 const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int head_dim,
+                 int num_prefix_tokens, int arch) {
+  if (direction != "forward" && direction != "backward")
+    throw std::invalid_argument("direction must be forward or backward, got " + direction);
   const Direction way = direction == "forward" ? Direction::kForward : Direction::kBackward;
+  const Shape s = shape_of(groups, q_size, k_size, head_dim, num_prefix_tokens);
   const LogitsPlan p = plan_logits(way, s, bytes_of(dtype), arch);
   return {p.kernel(way), p.refusal, p.block_rows, kThreads, p.shared_bytes, p.grid};
+}
+
+NamedPlan attention(const std::string& kernel, const std::string& dtype, int64_t groups,
+                    const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int head_dim,
+                    int num_prefix_tokens, int arch, double scale) {
+  static const std::map<std::string, AttentionKernel> kernels = {
+      {"forward", AttentionKernel::kForward},
+      {"backward_queries", AttentionKernel::kBackwardQueries},
+      {"backward_keys", AttentionKernel::kBackwardKeys}};
+  const auto found = kernels.find(kernel);
+  if (found == kernels.end())
+    throw std::invalid_argument("kernel must be forward, backward_queries or backward_keys, got " + kernel);
+  const Shape s = shape_of(groups, q_size, k_size, head_dim, num_prefix_tokens);
+  const AttentionPlan p = plan_attention(found->second, s, bytes_of(dtype), arch, scale);
+  return {p.kernel(found->second), p.refusal, p.block_rows, p.threads, p.shared_bytes, p.grid};
 }
 
 }  // namespace
@@ -50,13 +72,16 @@ NamedPlan plan(const std::string& direction, const std::string& dtype, int64_t g
 PYBIND11_MODULE(_plan, m) {
   using relpos::NamedPlan;
   m.doc() = "Which kernel, tile and shared memory a problem gets on an architecture.";
-  py::class_<NamedPlan>(m, "LogitsPlan")
+  py::class_<NamedPlan>(m, "Plan")
       .def_readonly("kernel", &NamedPlan::kernel)
       .def_readonly("refusal", &NamedPlan::refusal)
       .def_readonly("block_rows", &NamedPlan::block_rows)
       .def_readonly("threads", &NamedPlan::threads)
       .def_readonly("shared_bytes", &NamedPlan::shared_bytes)
       .def_readonly("grid", &NamedPlan::grid);
-  m.def("plan_logits", &relpos::plan, py::arg("direction"), py::arg("dtype"), py::arg("groups"), py::arg("q_size"),
+  m.def("plan_logits", &relpos::logits, py::arg("direction"), py::arg("dtype"), py::arg("groups"), py::arg("q_size"),
         py::arg("k_size"), py::arg("head_dim"), py::arg("num_prefix_tokens"), py::arg("arch"));
+  m.def("plan_attention", &relpos::attention, py::arg("kernel"), py::arg("dtype"), py::arg("groups"),
+        py::arg("q_size"), py::arg("k_size"), py::arg("head_dim"), py::arg("num_prefix_tokens"), py::arg("arch"),
+        py::arg("scale"));
 }

@@ -79,6 +79,10 @@ def attention_bwd(
     lse: Tensor,
     table: Tensor,
     index: Tensor,
+    _factors: Tensor | None,  # work spaces of the CUDA kernels
+    _partials: Tensor | None,
+    _columns: Tensor | None,
+    _lines: Tensor | None,
     q_size: Sequence[int],
     k_size: Sequence[int],
     num_prefix_tokens: int,

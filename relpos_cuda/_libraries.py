@@ -24,11 +24,11 @@ FILENAMES = {
 }
 KINDS = tuple(FILENAMES)
 
-PLAN_SOURCES = ("plan.cpp", "plan_bindings.cpp")
+PLAN_SOURCES = ("plan.cpp", "plan_attention.cpp", "plan_bindings.cpp")
 CPU_SOURCES = ("cpu/logits.cpp", "cpu/attention_fwd.cpp", "cpu/attention_bwd.cpp")
 CPU_KERNELS = ("cpu/logits_kernels.cpp", "cpu/attention_kernels.cpp")  # once per instruction set
-CUDA_SOURCES = ("cuda/logits.cu",)
-CUDA_HOST_SOURCES = ("plan.cpp",)
+CUDA_SOURCES = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu", "cuda/logits.cu", "cuda/table_grad.cu")
+CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 _STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")  # of PyTorch 2.10

@@ -34,6 +34,7 @@ SCHEMAS = {
     "int[] q_size, int[] k_size, int num_prefix_tokens, float scale) -> ()",
     "attention_bwd": "(Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor(d!)? dtable, Tensor grad, "
     "Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor table, Tensor index, "
+    "Tensor(e!)? factors, Tensor(f!)? partials, Tensor(g!)? columns, Tensor(h!)? lines, "
     "int[] q_size, int[] k_size, int num_prefix_tokens, float scale) -> ()",
 }
 _FALLBACKS: dict[str, Callable[..., None]] = {

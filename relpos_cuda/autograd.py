@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _fallback, _ops, support, tables
+from . import _fallback, _fallback_attention, _ops, support, tables
 
 _TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy ...
 _QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
@@ -81,13 +82,14 @@ class RelPosAttention(torch.autograd.Function):
         wants_gradients: bool,
     ) -> tuple[Tensor, Tensor | None]:
         problem = (q_size, k_size, num_prefix_tokens)
-        support.explain_attention(q, *problem)
+        native = support.fused(q, *problem, op="attention", scale=scale)
         out = _empty_by_tokens(q)
         lse = None
         if wants_gradients:
             lse = torch.empty((q.shape[:-2].numel(), q.shape[-2]), dtype=_wide(q.dtype), device=q.device)
-        rows = [_with_contiguous_rows(t) for t in (q, k, v)]
-        _ops.attention_fwd(out, lse, *rows, table.to(q.dtype), index, *problem, scale)
+        rows = [_rows_for_attention(t) for t in (q, k, v)]
+        run = _ops.attention_fwd if native else _fallback_attention.attention_fwd
+        run(out, lse, *rows, table.to(q.dtype), index, *problem, scale)
         return out, lse
 
     @staticmethod
@@ -103,11 +105,15 @@ class RelPosAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, table, index, out, lse = ctx.saved_tensors
+        *problem, scale = ctx.problem
         needs = ctx.needs_input_grad[:4]
         d_q, d_k, d_v = (_empty_by_tokens(t) if n else None for t, n in zip((q, k, v), needs[:3], strict=True))
         d_table = torch.empty(table.shape, dtype=_wide(q.dtype), device=q.device) if needs[3] else None
-        rows = [_with_contiguous_rows(t) for t in (grad, q, k, v, out)]
-        _ops.attention_bwd(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *ctx.problem)
+        work_spaces = (*_work_spaces(q, *problem[:2], needs[3]), *_factor_cache(q, *problem, needs[1] or needs[2]))
+        rows = [_rows_for_attention(t) for t in (grad, q, k, v, out)]
+        native = support.fused(q, *problem, op="attention", scale=scale)
+        run = _ops.attention_bwd if native else _fallback_attention.attention_bwd
+        run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, *problem, scale)
         d_table = None if d_table is None else d_table.to(table.dtype)
         return d_q, d_k, d_v, d_table, None, None, None, None, None, None
 
@@ -136,6 +142,15 @@ def _with_contiguous_rows(q: Tensor) -> Tensor:
     return q if q.stride(-1) == 1 or q.shape[-1] == 1 else q.contiguous()
 
 
+def _rows_for_attention(q: Tensor) -> Tensor:
+    """Itself, but where CUDA kernels could not read it by vectors of 16 bytes: an odd view, no tensor of a model."""
+    q = _with_contiguous_rows(q)
+    if not _needs_work_spaces(q):
+        return q
+    lengths = (q.storage_offset(), *q.stride()[:-1])
+    return q if all(n * q.element_size() % 16 == 0 for n in lengths) else q.clone(memory_format=torch.contiguous_format)
+
+
 def _dense(logits: Tensor) -> Tensor:
     """Logits as the kernels stream them; itself if it is contiguous."""
     return logits if logits.is_contiguous() else logits.contiguous()
@@ -154,6 +169,26 @@ def _work_spaces(
     factors = torch.empty((queries, sum(k_size)), dtype=torch.float32, device=q.device)
     partials = torch.empty((splits, pairs, head_dim), dtype=torch.float32, device=q.device)
     return factors, partials
+
+
+def _factor_cache(
+    q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int, key_gradient: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of the CUDA backward: the factors, from the kernel that makes dq to the one that makes dk and dv.
+
+    ``csrc/plan_attention.h`` says what is where; float16, not bfloat16, beside half precision q.
+    """
+    if not key_gradient or not _needs_work_spaces(q):
+        return None, None
+    groups, queries = q.shape[:-2].numel(), q.shape[-2]
+    lines = math.prod(k_size[:-1]) + (num_prefix_tokens > 0) + 1
+    dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
+    columns = torch.empty((groups, queries, _round_up(k_size[-1], 8)), dtype=dtype, device=q.device)
+    return columns, torch.empty((groups, lines, _round_up(queries, 4)), dtype=torch.float32, device=q.device)
+
+
+def _round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
 
 
 def _needs_work_spaces(q: Tensor) -> bool:

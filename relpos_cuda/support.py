@@ -20,6 +20,7 @@ def is_supported(
     *,
     num_prefix_tokens: int = 0,
     op: str = "logits",
+    scale: float | None = None,
 ) -> str | None:
     """Whether a public function runs its fused kernels on this problem.
 
@@ -29,6 +30,7 @@ def is_supported(
         num_prefix_tokens: Class tokens in front of both grids.
         op: ``"logits"`` for :func:`relpos_cuda.add_decomposed_rel_pos`, ``"attention"`` for
             :func:`relpos_cuda.rel_pos_attention`.
+        scale: Of the attention. Default ``D ** -0.5``.
 
     Returns:
         None if a fused kernel takes it; otherwise the reason why the slower PyTorch path will be used.
@@ -39,7 +41,8 @@ def is_supported(
     if op not in ("logits", "attention"):
         raise ValueError(f'op must be "logits" or "attention", got {op!r}')
     head_dim = operator.index(q.shape[-1])  # torch.compile: a symbolic size becomes a constant
-    return _constant(q.device, q.dtype, tuple(q_size), tuple(k_size), head_dim, num_prefix_tokens, op)
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return _constant(q.device, q.dtype, tuple(q_size), tuple(k_size), head_dim, num_prefix_tokens, op, scale)
 
 
 def _constant(*problem: Any) -> str | None:
@@ -58,7 +61,8 @@ def refusal(
     k_size: tables.Grid,
     head_dim: int,
     num_prefix_tokens: int,
-    op: str = "logits",
+    op: str,
+    scale: float,
 ) -> str | None:
     """The reason, from plain values."""
     if device.type not in ("cpu", "cuda"):
@@ -68,13 +72,16 @@ def refusal(
     name = str(dtype).removeprefix("torch.")
     if dtype == torch.float64:
         return "float64 has no CUDA kernel"
-    if op == "attention":  # the planner does not know it yet
-        return _without_kernels("cuda", op) if torch.cuda.is_available() else "attention has no CUDA kernel yet"
     planner = _loader.plan()
     if planner is None:
         return "the planner is not built"
-    for direction in ("forward", "backward"):
-        plan = planner.plan_logits(direction, name, 1, q_size, k_size, head_dim, num_prefix_tokens, _arch(device))
+    problem = (name, 1, q_size, k_size, head_dim, num_prefix_tokens, _arch(device))
+    if op == "logits":
+        plans = [planner.plan_logits(way, *problem) for way in ("forward", "backward")]
+    else:
+        kernels = ("forward", "backward_queries", "backward_keys")
+        plans = [planner.plan_attention(kernel, *problem, scale) for kernel in kernels]
+    for plan in plans:
         if plan.refusal:
             return str(plan.refusal)
     if not tables.one_to_one(q_size, k_size):
@@ -101,22 +108,21 @@ def warn_once(reason: str) -> None:
     warnings.warn(f"relpos_cuda: using the slower PyTorch path: {reason}", RuntimeWarning, stacklevel=2)
 
 
-def fused(q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int) -> bool:
+def fused(
+    q: Tensor,
+    q_size: tables.Grid,
+    k_size: tables.Grid,
+    num_prefix_tokens: int,
+    op: str = "logits",
+    scale: float | None = None,
+) -> bool:
     """Whether to call the dispatcher op; it finds its own fallback on devices that have no kernels at all."""
-    if q.device.type != "cuda":
+    if q.device.type not in ("cpu", "cuda"):
         return True
-    reason = is_supported(q, q_size, k_size, num_prefix_tokens=num_prefix_tokens)
+    reason = is_supported(q, q_size, k_size, num_prefix_tokens=num_prefix_tokens, op=op, scale=scale)
     if reason is None:
         return True
-    if not torch.compiler.is_compiling():
+    explained = q.device.type == "cpu" and not _loader.load("cpu")  # by the loader
+    if not torch.compiler.is_compiling() and not explained:
         warn_once(reason)
-    return False
-
-
-def explain_attention(q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int) -> None:
-    """Warns where a kernel could be expected and there is none; why there is no CPU library was said by its loader."""
-    if q.device.type not in ("cpu", "cuda") or torch.compiler.is_compiling():
-        return
-    reason = is_supported(q, q_size, k_size, num_prefix_tokens=num_prefix_tokens, op="attention")
-    if reason and (q.is_cuda or _loader.load("cpu")):
-        warn_once(reason)
+    return q.device.type == "cpu"

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from relpos_cuda import _ops, autograd
+from relpos_cuda import _libraries, _ops, autograd, support
 from simt import toolchain
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ["csrc/cuda/logits.cu", "csrc/cuda/attention_fwd.cu", "csrc/plan.cpp", "csrc/plan_attention.cpp"]
+SOURCES = [*(f"csrc/{name}" for name in (*_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES))]
 NAMESPACE = "relpos_emulated"
 INSTEAD = "RELPOS_EMULATED_LIBRARY"  # variable that names another library to test, one with a planted bug
 
@@ -31,6 +31,16 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in _ops.SCHEMAS:
         monkeypatch.setattr(_ops, name, getattr(ops, name).default)
     monkeypatch.setattr(autograd, "_needs_work_spaces", lambda q: True)
+    monkeypatch.setattr(support, "fused", _fused)
+
+
+def _fused(
+    q: torch.Tensor, *problem: tuple[int, ...] | int, op: str = "logits", scale: float | None = None
+) -> bool:
+    """As for a GPU; but the logits op is to refuse by itself."""
+    head_dim = q.shape[-1]
+    scale = head_dim**-0.5 if scale is None else scale
+    return op == "logits" or not support.refusal(torch.device("cuda"), q.dtype, *problem[:2], head_dim, problem[2], op, scale)
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from torch import Tensor
 
 NAMES = ("out", "attn", "q", "rel_pos_h", "rel_pos_w", "rel_pos_t")
 ATTENTION_NAMES = ("out", "q", "k", "v", "rel_pos_h", "rel_pos_w", "rel_pos_t")
+NO_WORK_SPACES = (None,) * 4  # of attention_bwd: factors, partials, columns, lines
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import relpos_cuda
-from problems import Problem, call_attention, draw_attention, same
+from problems import NO_WORK_SPACES, Problem, call_attention, draw_attention, same
 from relpos_cuda import _ops, tables
 
 ours = relpos_cuda.rel_pos_attention
@@ -89,7 +89,7 @@ def test_opcheck(some: bool, real_device: str):
     problem = (table, index, *grids, 0, 0.25)
     torch.library.opcheck(_ops.attention_fwd, (out, None if some else lse, q, k, v, *problem))
     gradients = [None if some else torch.zeros_like(t) for t in (q, k, v, table)]
-    torch.library.opcheck(_ops.attention_bwd, (*gradients, torch.ones_like(q), q, k, v, out, lse, *problem))
+    torch.library.opcheck(_ops.attention_bwd, (*gradients, torch.ones_like(q), q, k, v, out, lse, *problem[:2], *NO_WORK_SPACES, *problem[2:]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

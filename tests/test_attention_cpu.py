@@ -15,7 +15,7 @@ from torch import Tensor
 import problems
 import relpos_cuda
 from checks import assert_close_as_eager, assert_exact_as_float64, assert_vanishes, miss
-from problems import MODELS, TINY, Problem, same, vanishes, with_enough_numbers
+from problems import MODELS, NO_WORK_SPACES, TINY, Problem, same, vanishes, with_enough_numbers
 from relpos_cuda import _loader, _ops, reference, tables
 from test_isa import ISAS, has
 
@@ -92,7 +92,7 @@ def ops(p: Problem, inputs: Inputs, dtype: torch.dtype, strided: bool = False) -
     _ops.attention_fwd(out, lse, q, k, v, table, index, *problem)
     dq, dk, dv = (empty(p, n, dtype, strided) for n in (p.rows, p.columns, p.columns))
     d_table = torch.full(table.shape, float("nan"), dtype=wide)
-    _ops.attention_bwd(dq, dk, dv, d_table, grad, q, k, v, out, lse, table, index, *problem)
+    _ops.attention_bwd(dq, dk, dv, d_table, grad, q, k, v, out, lse, table, index, *NO_WORK_SPACES, *problem)
     d_tables = list(d_table.to(dtype).split([len(t) for t in (*inputs.tables[2:], *inputs.tables[:2])]))
     return [out, dq, dk, dv, *d_tables[-2:], *d_tables[:-2]]
 
@@ -160,7 +160,7 @@ def gradients(p: Problem, inputs: Inputs, wanted: list[bool]) -> list[Tensor | N
     out, lse = torch.empty_like(q), torch.empty(p.batch * p.heads, p.rows)
     _ops.attention_fwd(out, lse, q, k, v, *rest)
     into = [torch.full_like(t, float("nan")) if w else None for t, w in zip((q, k, v, table), wanted, strict=True)]
-    _ops.attention_bwd(*into, grad, q, k, v, out, lse, *rest)
+    _ops.attention_bwd(*into, grad, q, k, v, out, lse, *rest[:2], *NO_WORK_SPACES, *rest[2:])
     return into
 
 

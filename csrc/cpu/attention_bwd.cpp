@@ -191,11 +191,12 @@ void backward(const Backward<C>& p, std::optional<Tensor>& dtable, const Tensor&
   if (dtable) sum_slices(p, partial.get(), slices, *dtable);
 }
 
-// ---- op
+// ---- op; the work spaces are those of the CUDA kernels
 void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,
                    std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& out, const Tensor& lse, const Tensor& table, const Tensor& index,
-                   std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix, double scale) {
+                   const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
+                   const std::optional<Tensor>&, std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix, double scale) {
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   const Rows k_rows = rows_like("k", k, q, s, s.N()), v_rows = rows_like("v", v, q, s, s.N()),

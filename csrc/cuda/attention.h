@@ -5,8 +5,6 @@
 
 namespace relpos {
 
-inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 // Kernels read and write rows by vectors of 16 bytes.
 template <typename Data>
 TokenRows<Data> aligned_rows(const char* name, Data data, const QueryStrides& strides, int64_t bytes) {
@@ -21,6 +19,8 @@ inline InRows in_rows(const char* name, const Tensor& t, const Tensor& q, const 
 inline OutRows out_rows(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
   return aligned_rows(name, t.mutable_data_ptr(), check_tokens(name, t, q, s, tokens), t.element_size());
 }
+
+inline int bytes_of(const Tensor& t) { return static_cast<int>(t.element_size()); }
 
 inline void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, const Tensor& v,
                  const Tensor& table, const Tensor& index, double scale) {
@@ -40,7 +40,7 @@ inline void obey(AttentionParams& p, const AttentionPlan& plan) {
   RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
   p.keys = plan.keys;
   p.block_rows = plan.block_rows;
-  p.by_tiles = FastDiv(static_cast<int>(ceil_div<int64_t>(p.shape.M(), plan.block_rows)));
+  p.by_tiles = FastDiv(static_cast<int>(plan.grid / p.shape.groups));
 }
 
 template <int V>

@@ -26,7 +26,7 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
   if (s.groups == 0) return;
 
   const OnDevice device(q);
-  const AttentionPlan plan = plan_attention_fwd(s, static_cast<int>(q.element_size()), device.arch(), scale);
+  const AttentionPlan plan = plan_attention(AttentionKernel::kForward, s, bytes_of(q), device.arch(), scale);
   obey(p, plan);
   dispatch_attention(q.scalar_type(), plan.head_dim, [&](auto type, auto d) {
     using T = typename decltype(type)::type;

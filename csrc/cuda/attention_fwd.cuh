@@ -26,7 +26,9 @@ constexpr float kMayGrow = 8.f;
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionFwd {
   static constexpr int kStrips = strips_of(sizeof(T), D);
-  static constexpr int kPart = D == 96 || sizeof(T) == 4 ? 2 : BLOCKS == 8 ? 4 : BLOCKS;  // blocks at a time: registers
+  // Blocks at a time: as many as registers allow.
+  static constexpr bool kFew = sizeof(T) == 4 || D == 96 || (D == 80 && !(ONE_LINE && BLOCKS == 8));
+  static constexpr int kPart = kFew ? 2 : BLOCKS == 8 ? 4 : BLOCKS;
   float out[kStrips][D / 8][4] = {};
   float reference[kStrips][2], sum[kStrips][2] = {};  // powers of two
 
@@ -106,7 +108,7 @@ struct AttentionFwd {
 };
 
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
-__global__ void __launch_bounds__(kMostAttentionThreads) attention_fwd_kernel(const AttentionFwdParams p) {
+__global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel(const AttentionFwdParams p) {
   using Warp = AttentionFwd<T, D, BLOCKS, ONE_LINE>;
   using Bias = StripBias<T, BLOCKS, ONE_LINE>;
   constexpr int kStrips = Warp::kStrips;

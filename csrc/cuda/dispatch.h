@@ -5,6 +5,8 @@
 
 namespace relpos {
 
+inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
 template <typename T>
 struct Type {
   using type = T;

@@ -6,7 +6,7 @@
 #include "dispatch.h"
 #include "logits_bwd.cuh"
 #include "logits_fwd.cuh"
-#include "table_grad.cuh"
+#include "table_grad.h"
 
 #ifndef RELPOS_OPS
 #define RELPOS_OPS relpos_cuda
@@ -15,8 +15,6 @@
 
 namespace relpos {
 namespace {
-
-bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 // Kernels read rows of the table by vectors of 16 bytes.
 void check_table_alignment(const Tensor& table) {
@@ -66,47 +64,6 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
   });
 }
 
-template <typename T>
-void launch_table_gradient(const OnDevice& device, const Shape& s, const QueryStrides& strides, const Tensor& q,
-                           const Tensor& index, const Tensor& factors, const Tensor& partials, Tensor& dtable) {
-  TableGradParams p;
-  p.shape = s;
-  p.q = {q.const_data_ptr(), strides.batch, strides.head, strides.row};
-  p.index = index.const_data_ptr<int32_t>();
-  p.dfactors = factors.const_data_ptr<float>();
-  p.partials = partials.mutable_data_ptr<float>();
-  p.dtable = dtable.mutable_data_ptr<float>();
-  p.pairs = partials.size(1);
-  p.splits = static_cast<int>(partials.size(0));
-  p.by_heads = FastDiv(s.heads);
-  int coordinates = 0, inner = 1;
-  for (int a = kAxes - 1; a >= 0; --a) {
-    p.of_axis[a].by_inner = FastDiv(inner);
-    p.of_axis[a].by_per_group = FastDiv(static_cast<int>(s.grid_queries() / s.axis[a].queries));
-    inner *= s.axis[a].queries;
-    coordinates += s.axis[a].rows ? s.axis[a].queries : 0;
-  }
-  const bool mma = sizeof(T) == 2 && s.D % 8 == 0;
-  auto kernel = table_partial_kernel<T, false>;
-  if constexpr (sizeof(T) == 2)
-    if (mma) kernel = table_partial_kernel<T, true>;
-  device.launch(kernel, dim3(coordinates, p.splits), kThreads, table_partial_shared(mma), p);
-  device.launch(table_sum_kernel, dim3(s.table_rows()), kThreads, 0, p);
-}
-
-void check_work_spaces(const Shape& s, const Tensor& q, const std::optional<Tensor>& factors,
-                       const std::optional<Tensor>& partials) {
-  RELPOS_CHECK(factors && partials, "dtable needs the work spaces factors and partials");
-  int64_t pairs = 0;
-  for (const Axis& a : s.axis) pairs += a.rows ? static_cast<int64_t>(a.queries) * a.keys : 0;
-  constexpr int64_t kMostSplits = 65535;  // the second axis of a grid
-  RELPOS_CHECK(partials->dim() == 3 && partials->size(0) >= 1 && partials->size(0) <= kMostSplits &&
-                   partials->size(1) == pairs && partials->size(2) == s.D,
-               "partials must be [splits, ", pairs, ", ", s.D, "]");
-  check_buffer("factors", *factors, q, ScalarType::Float, s.rows() * s.factors());
-  check_buffer("partials", *partials, q, ScalarType::Float, partials->numel());
-}
-
 void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q,
                 const Tensor& table, const Tensor& index, const std::optional<Tensor>& factors,
                 const std::optional<Tensor>& partials, std::vector<int64_t> q_size, std::vector<int64_t> k_size,
@@ -140,7 +97,7 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
         if (plan.tensor_cores) kernel = logits_bwd_kernel<S, T, true>;
       device.launch(kernel, dim3(static_cast<unsigned>(plan.grid)), kThreads, plan.shared_bytes, p);
     }
-    if (dtable) launch_table_gradient<T>(device, s, strides, q, index, *factors, *partials, *dtable);
+    if (dtable) launch_table_gradient(device, s, strides, q, index, *factors, *partials, *dtable);
   });
 }
 

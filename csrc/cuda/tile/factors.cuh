@@ -8,9 +8,6 @@
 
 namespace relpos {
 
-template <typename T>
-using Factor = std::conditional_t<sizeof(T) == 2, __half, float>;  // bfloat16 would lose three bits
-
 // The table rows that 16 queries use on an axis: low > high if none has a bias.
 __device__ __forceinline__ void strip_range(const AttentionParams& p, int a, const Coordinates* rows, int& low,
                                             int& high) {

@@ -6,8 +6,8 @@
 //   of b     rows 2t, 2t + 1, 2t + 8, 2t + 9          column g
 //   of acc   rows g, g + 8 (elements 0, 1 and 2, 3)   columns 2t, 2t + 1
 //
-// so that two neighbouring blocks of an acc are an a. Half precision is one instruction. float32 is split in two tf32
-// numbers, x = high + low: three products, an error of about 2^-22, each of two instructions of depth 8.
+// so that two neighbouring blocks of an acc are an a. Half precision is one instruction. float32 is split in three
+// bfloat16, largest first: six products, an error below 2^-25 of each.
 #pragma once
 #include "../../plan_attention.h"
 #include "copy.cuh"
@@ -35,16 +35,18 @@ __device__ __forceinline__ void set_pair(__nv_bfloat16* to, float x, float y) {
   *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
 }
 
-// x = high + low, N numbers.
-template <int N>
-struct SplitNumbers {
-  uint32_t high[N], low[N];
+// A pair of float32 in three pairs of bfloat16; PAIRS of such pairs.
+template <int PAIRS>
+struct SplitPairs {
+  uint32_t part[3][PAIRS];
 
-  __device__ __forceinline__ void set(int i, float x) {
-    high[i] = to_tf32(x);
-    float rest;
-    memcpy(&rest, &high[i], sizeof rest);
-    low[i] = to_tf32(x - rest);
+  __device__ __forceinline__ void set(int i, float x, float y) {
+#pragma unroll
+    for (int n = 0; n < 3; ++n) {
+      const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
+      memcpy(&part[n][i], &two, sizeof two);
+      x -= __low2float(two), y -= __high2float(two);
+    }
   }
 };
 
@@ -68,7 +70,7 @@ struct OperandA {
 
 template <>
 struct OperandA<float> {
-  SplitNumbers<8> x;  // the pairs, one after another
+  SplitPairs<4> pairs;
 
   template <int D>
   __device__ __forceinline__ void load(const Tile<float, D>& from, int row, int step) {
@@ -77,12 +79,15 @@ struct OperandA<float> {
     for (int i = 0; i < 4; ++i) {
       const float* pair = from.at(row + lane / 4 + i % 2 * 8, step * 16 + lane % 4 * 2 + i / 2 * 8);
       const float2 two = *reinterpret_cast<const float2*>(pair);
-      x.set(2 * i, two.x), x.set(2 * i + 1, two.y);
+      pairs.set(i, two.x, two.y);
     }
   }
   __device__ __forceinline__ void set(const float (&left)[4], const float (&right)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x.set(i, left[i]), x.set(4 + i, right[i]);
+    for (int i = 0; i < 2; ++i) {
+      pairs.set(i, left[2 * i], left[2 * i + 1]);
+      pairs.set(2 + i, right[2 * i], right[2 * i + 1]);
+    }
   }
 };
 
@@ -100,12 +105,15 @@ struct OperandB {
 
 template <>
 struct OperandB<float> {
-  SplitNumbers<4> x;
+  SplitPairs<2> pairs;
 
   __device__ __forceinline__ void load_row(const float* row, int d, int D, bool exists) {
     const float* pair = row + d + threadIdx.x % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x.set(i, exists && d + i / 2 * 8 < D ? pair[i / 2 * 8 + i % 2] : 0.f);
+    for (int i = 0; i < 2; ++i) {
+      const bool inside = exists && d + i * 8 < D;
+      pairs.set(i, inside ? pair[i * 8] : 0.f, inside ? pair[i * 8 + 1] : 0.f);
+    }
   }
 };
 
@@ -120,10 +128,11 @@ __device__ __forceinline__ void load_transposed(OperandB<T> (&b)[2], const Tile<
     for (int i = 0; i < 4; ++i) b[i / 2].pairs[i % 2] = four[i];
   } else {
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        b[n].x.set(i, *from.at(row + n * 8 + lane / 4, step * 16 + lane % 4 * 2 + i / 2 * 8 + i % 2));
+    for (int i = 0; i < 4; ++i) {
+      const float* pair = from.at(row + i / 2 * 8 + lane / 4, step * 16 + lane % 4 * 2 + i % 2 * 8);
+      const float2 two = *reinterpret_cast<const float2*>(pair);
+      b[i / 2].pairs.set(i % 2, two.x, two.y);
+    }
   }
 }
 
@@ -138,10 +147,10 @@ __device__ __forceinline__ void load_straight(OperandB<T> (&b)[2], const Tile<T,
     for (int i = 0; i < 4; ++i) b[i / 2].pairs[i % 2] = four[i];
   } else {
 #pragma unroll
-    for (int n = 0; n < 2; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        b[n].x.set(i, *from.at(row + lane % 4 * 2 + i / 2 * 8 + i % 2, (block + n) * 8 + lane / 4));
+    for (int i = 0; i < 4; ++i) {
+      const float* upper = from.at(row + lane % 4 * 2 + i % 2 * 8, (block + i / 2) * 8 + lane / 4);
+      b[i / 2].pairs.set(i % 2, *upper, upper[Tile<T, D>::kLd]);
+    }
   }
 }
 
@@ -152,18 +161,9 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<T>& a, 
 }
 __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<float>& a, const OperandB<float>& b) {
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    uint32_t a_high[4], a_low[4], b_high[2], b_low[2];
+  for (int order = 2; order >= 0; --order)  // the small ones first
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = half * 4 + i % 2 * 2 + i / 2;
-      a_high[i] = a.x.high[at], a_low[i] = a.x.low[at];
-      b_high[i / 2] = b.x.high[half * 2 + i / 2], b_low[i / 2] = b.x.low[half * 2 + i / 2];
-    }
-    mma_m16n8k8_tf32(acc, a_low, b_high);  // the small ones first
-    mma_m16n8k8_tf32(acc, a_high, b_low);
-    mma_m16n8k8_tf32(acc, a_high, b_high);
-  }
+    for (int n = 0; n <= order; ++n) mma_m16n8k16<__nv_bfloat16>(acc, a.pairs.part[n], b.pairs.part[order - n]);
 }
 
 // ---- products of a warp's strips of 16 rows

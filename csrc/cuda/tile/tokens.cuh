@@ -7,6 +7,9 @@ namespace relpos {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
+template <typename T>
+using Factor = std::conditional_t<sizeof(T) == 2, __half, float>;  // bfloat16 would lose three bits
+
 // Where a block works: queries first .. first + count - 1 of one group.
 struct QueryBlock {
   int group, first, count;
@@ -119,14 +122,14 @@ __device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>&
     const int line = tile * p.keys.lines + p.keys.line_of[j];
     return line < p.shape.outer_keys() ? p.shape.prefix + line * p.shape.axis[kW].keys + span.first + column : -1;
   };
-  const auto rows = [&](const T* group, const InRows& from) {
-    return [&, group](int row) {
+  const auto rows = [&token](const T* data, int64_t stride) {
+    return [&token, data, stride](int row) {
       const int n = token(row);
-      return n >= 0 ? group + n * from.row : nullptr;
+      return n >= 0 ? data + n * stride : nullptr;
     };
   };
-  copy_rows(k, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, k_group, rows(k_group, p.k));
-  copy_rows(v, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, v_group, rows(v_group, p.v));
+  copy_rows(k, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, k_group, rows(k_group, p.k.row));
+  copy_rows(v, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, v_group, rows(v_group, p.v.row));
 }
 
 // The tiles of a span pass through two stages: while one is worked on, the next is on its way.

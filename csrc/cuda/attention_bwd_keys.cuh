@@ -1,0 +1,231 @@
+// attention_bwd_keys.cuh - the gradients of k and v; keys stay, queries pass. All products are transposed:
+//
+//   p[n, m]  = exp(score[m, n] - lse[m])       dv[n] = sum over m of p[n, m] * grad[m]
+//   ds[n, m] = p[n, m] * (<v[n], grad[m]> - delta[m])     dk[n] = scale * sum over m of ds[n, m] * q[m]
+//
+//                     queries, a tile per step --->
+//                  +---------+---------+---------+
+//   16 keys        |         |         | ..      |     two blocks of 8 neighbouring columns, each of one line:
+//   per warp       |         |         |         |     column factors [queries, columns] lie across, and are read
+//                  +---------+---------+---------+     transposed; a line factor is one number per query and line
+//
+//   grid     (groups * ceil(slots / block slots)); slots of keys: plan_attention.h.
+//   thread   lane 4 g + t of a warp: keys g and g + 8, queries 2t and 2t + 1 of each block of 8.
+//   shared   k and v of the block; two stages of q, grad and the factors of a tile of queries.
+//   barriers one per tile: it has arrived, and the one before is done with.
+#pragma once
+#include "tile/tokens.cuh"
+
+namespace relpos {
+
+// The slots of a block, and where the factors of each block of 8 of them are in a stage.
+struct SlotBlock {
+  KeySlots slots;
+  int first, first_line, first_column, lines;  // columns in blocks of 8
+  bool all_columns;                            // of a line are in a stage, else those of the block in order
+
+  __device__ __forceinline__ SlotBlock(const AttentionParams& p, int first, int block_keys)
+      : slots(p.shape), first(first), all_columns(slots.line <= block_keys) {
+    const int last = min(first + block_keys, static_cast<int>(slots.count(p.shape))) - 8;
+    first_line = line_of(first);
+    lines = line_of(last) - first_line + 1;
+    first_column = all_columns ? 0 : max(first - slots.prefix, 0) % slots.line / 8;
+  }
+  __device__ __forceinline__ bool has_bias(int slot) const { return slot >= slots.prefix; }
+  // Row of the factors of lines.
+  __device__ __forceinline__ int line_of(int slot) const {
+    return has_bias(slot) ? slots.prefix_lines + (slot - slots.prefix) / slots.line : 0;
+  }
+  // Which of the stage's blocks of columns a slot of a line is in.
+  __device__ __forceinline__ int column_block(int slot) const {
+    return all_columns ? (slot - slots.prefix) % slots.line / 8 : (slot - max(first, slots.prefix)) / 8;
+  }
+  // The first column of such a block.
+  __device__ __forceinline__ int column(int block) const { return (first_column + block) * 8 % slots.line; }
+  // The token of a slot, or -1.
+  __device__ __forceinline__ int token(const Shape& s, int slot) const {
+    if (!has_bias(slot)) return slot < s.prefix ? slot : -1;
+    const int line = (slot - slots.prefix) / slots.line, j = (slot - slots.prefix) % slots.line;
+    return line < s.outer_keys() && j < s.axis[kW].keys ? s.prefix + line * s.axis[kW].keys + j : -1;
+  }
+};
+
+// A stage: one tile of queries with everything about them.
+template <typename T, int D>
+struct QueryStage {
+  Tile<T, D> q, grad;
+  Factor<T>* columns;  // [queries, column_ld]
+  float *lines, *delta;  // [lines, queries], [queries]
+
+  __device__ __forceinline__ QueryStage(unsigned char* shared, const AttentionBwdKeysShared& at, int stage) {
+    unsigned char* begin = shared + at.stages + stage * at.bytes_of_stage;
+    q.data = reinterpret_cast<T*>(begin + at.q);
+    grad.data = reinterpret_cast<T*>(begin + at.grad);
+    columns = reinterpret_cast<Factor<T>*>(begin + at.columns);
+    lines = reinterpret_cast<float*>(begin + at.lines);
+    delta = reinterpret_cast<float*>(begin + at.delta);
+  }
+
+  __device__ __forceinline__ void copy(const AttentionBwdParams& p, const QueryBlock& group, const SlotBlock& block,
+                                       const AttentionBwdKeysShared& at, int m0) const {
+    constexpr int kChunk = kVector<T>;
+    const int M = static_cast<int>(p.shape.M());
+    const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
+      const T* data = group.rows_of<T>(from);
+      copy_rows(to, kQueryTile, p.shape.D, threadIdx.x, blockDim.x, data,
+                [&](int row) { return m0 + row < M ? data + (m0 + row) * from.row : nullptr; });
+    };
+    copy(q, p.q);
+    copy(grad, p.grad);
+    const int chunks = at.column_blocks * (8 / kChunk);
+    const Factor<T>* all_columns = static_cast<const Factor<T>*>(p.columns) + int64_t{group.group} * M * block.slots.line;
+    for (int i = threadIdx.x; i < kQueryTile * chunks; i += blockDim.x) {
+      const int row = i / chunks, chunk = i - row * chunks;
+      const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
+      const bool exists = m0 + row < M;
+      cp_async_16(columns + row * at.column_ld + chunk * kChunk,
+                  all_columns + (exists ? int64_t{m0 + row} * block.slots.line + column : 0), exists);
+    }
+    const int64_t queries = padded_queries(p.shape);
+    const int all_lines = block.slots.lines(p.shape);
+    const float* group_lines = p.lines + int64_t{group.group} * (all_lines + 1) * queries;
+    for (int i = threadIdx.x; i < (block.lines + 1) * (kQueryTile / 4); i += blockDim.x) {
+      const int line = i / (kQueryTile / 4), m = i % (kQueryTile / 4) * 4;
+      const bool exists = m0 + m < queries, is_delta = line == block.lines;
+      const float* from = group_lines + (is_delta ? all_lines : block.first_line + line) * queries;
+      cp_async_16(is_delta ? delta + m : lines + line * kQueryTile + m, from + (exists ? m0 + m : 0), exists);
+    }
+  }
+};
+
+template <typename T, int D>
+struct AttentionBwdKeys {
+  static constexpr int kPart = sizeof(T) == 4 ? 2 : 4;  // blocks of queries at a time
+  const AttentionBwdParams& p;
+  int first;                 // of the warp's keys in the block
+  bool has_bias[2];          // of each of its two blocks of 8 keys
+  int column_block[2], line[2];
+  float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+
+  __device__ __forceinline__ AttentionBwdKeys(const AttentionBwdParams& p, const SlotBlock& block, int first)
+      : p(p), first(first) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int slot = block.first + first + half * 8;
+      has_bias[half] = block.has_bias(slot) && slot < block.slots.count(p.shape);
+      column_block[half] = has_bias[half] ? block.column_block(slot) : 0;
+      line[half] = min(block.line_of(slot) - block.first_line, block.lines - 1);
+    }
+  }
+
+  // What the products of k and q start from: column factors of queries `begin` ..
+  __device__ __forceinline__ void start(float (&score)[kPart][4], const QueryStage<T, D>& stage, int column_ld,
+                                        int begin) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      if constexpr (sizeof(T) == 2) {
+        uint32_t pairs[4];
+        ldmatrix_x4_trans(pairs, stage.columns + (begin + lane) * column_ld + column_block[half] * 8);
+#pragma unroll
+        for (int j = 0; j < kPart; ++j) {
+          const float2 two = __half22float2(*reinterpret_cast<const __half2*>(pairs + j));
+          score[j][2 * half] = has_bias[half] ? two.x : 0.f;
+          score[j][2 * half + 1] = has_bias[half] ? two.y : 0.f;
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < kPart; ++j)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int m = begin + j * 8 + lane % 4 * 2 + e;
+            const float x = stage.columns[m * column_ld + column_block[half] * 8 + lane / 4];
+            score[j][2 * half + e] = has_bias[half] ? x : 0.f;
+          }
+      }
+    }
+  }
+
+  // Queries `begin` .. of a tile.
+  __device__ __forceinline__ void absorb(const QueryStage<T, D>& stage, int column_ld, int begin, const Tile<T, D>& k,
+                                         const Tile<T, D>& v) {
+    const float to_powers = p.scale * kLog2e;
+    float score[1][kPart][4], dp[1][kPart][4] = {};
+    start(score[0], stage, column_ld, begin);
+    add_products(score, k, first, stage.q, begin);
+    add_products(dp, v, first, stage.grad, begin);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) {
+      const int m = begin + j * 8 + threadIdx.x % 4 * 2;
+      const float2 delta = *reinterpret_cast<const float2*>(stage.delta + m);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 add = *reinterpret_cast<const float2*>(stage.lines + line[half] * kQueryTile + m);
+        float* s = score[0][j] + 2 * half;
+        float* d = dp[0][j] + 2 * half;
+        s[0] = exp2_approx(fmaf(s[0], to_powers, add.x)), s[1] = exp2_approx(fmaf(s[1], to_powers, add.y));
+        d[0] = s[0] * (d[0] - delta.x), d[1] = s[1] * (d[1] - delta.y);
+      }
+    }
+    add_weighted(dv, score, stage.grad, begin);
+    add_weighted(dk, dp, stage.q, begin);
+  }
+
+  // Through the warp's own rows of a tile.
+  __device__ __forceinline__ void store(const OutRows& to, const float (&d)[1][D / 8][4], float factor,
+                                        const Tile<T, D>& rows, const QueryBlock& group, const SlotBlock& block) const {
+    if (to.data == nullptr) return;
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i)
+        set_pair(rows.at(first + lane / 4 + half * 8, i * 8 + lane % 4 * 2), d[0][i][2 * half] * factor,
+                 d[0][i][2 * half + 1] * factor);
+    __syncwarp();
+    T* data = group.rows_of<T>(to);
+    store_rows(rows, first, 16, p.shape.D, [&](int row) {
+      const int n = block.token(p.shape, block.first + row);
+      return n >= 0 ? data + n * to.row : nullptr;
+    });
+  }
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_kernel(const AttentionBwdParams p) {
+  using Warp = AttentionBwdKeys<T, D>;
+  RELPOS_DYNAMIC_SHARED(shared);
+  const AttentionBwdKeysShared at = attention_bwd_keys_shared(p.shape, p.block_rows, D, sizeof(T));
+  const Tile<T, D> k{reinterpret_cast<T*>(shared + at.k)}, v{reinterpret_cast<T*>(shared + at.v)};
+
+  const QueryBlock group(p, p.block_rows);
+  const SlotBlock block(p, group.first, p.block_rows);
+  const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
+    const T* data = group.rows_of<T>(from);
+    copy_rows(to, p.block_rows, p.shape.D, threadIdx.x, blockDim.x, data, [&](int row) {
+      const int n = block.token(p.shape, block.first + row);
+      return n >= 0 ? data + n * from.row : nullptr;
+    });
+  };
+  copy(k, p.k);
+  copy(v, p.v);
+
+  Warp mine(p, block, threadIdx.x / 32 * 16);
+  const int tiles = ceil_div(static_cast<int>(p.shape.M()), kQueryTile);
+  for (int tile = -1; tile < tiles; ++tile) {
+    cp_async_wait<0>();
+    __syncthreads();  // it is there, and the one before is done with
+    if (tile + 1 < tiles)
+      QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, group, block, at, (tile + 1) * kQueryTile);
+    cp_async_commit();
+    if (tile < 0) continue;
+    const QueryStage<T, D> stage(shared, at, tile % 2);
+#pragma unroll 1
+    for (int begin = 0; begin < kQueryTile; begin += Warp::kPart * 8)
+      mine.absorb(stage, at.column_ld, begin, k, v);
+  }
+  mine.store(p.dk, mine.dk, p.scale, k, group, block);
+  mine.store(p.dv, mine.dv, 1.f, v, group, block);
+}
+
+}  // namespace relpos

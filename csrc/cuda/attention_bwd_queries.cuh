@@ -1,0 +1,351 @@
+// attention_bwd_queries.cuh - the gradient of q and of the factors; queries stay, keys pass, as in the forward.
+//
+//   p[m, n]     = exp(score[m, n] - lse[m])              ds[m, n] = p[m, n] * (<grad[m], v[n]> - delta[m])
+//   delta[m]    = <grad[m], out[m]>
+//   dline[m, i] = sum of ds[m, n] over keys n of line i   dcolumn[m, j] = .. of column j
+//   dq[m]       = scale * sum over n of ds[m, n] * k[n] + sum over axes a, keys i of d_a[m, i] * R_a[c(m), i]
+//
+//   the picture, grid, thread and barriers: as in attention_fwd.cuh, one strip of 16 queries per warp.
+//
+//   column gradients grow in registers, as the column factors lie there; line gradients in shared memory, each by the
+//   one lane that owns the query. Every sum has a fixed order. What attention_bwd_keys.cuh needs of the factors is
+//   written on the way, half precision below the largest column factor of the query.
+#pragma once
+#include "tile/factors.cuh"
+
+namespace relpos {
+
+// Of the queries of the whole block: [t and h keys, block rows].
+struct LineGradients {
+  float* data;
+  int ld;
+
+  __device__ __forceinline__ float& at(const Shape& s, int a, int key, int row) const {
+    return data[((a == kH ? s.axis[kT].factors() : 0) + key) * ld + row];
+  }
+  __device__ __forceinline__ void add(const AttentionParams& p, int line, int row, float x) const {
+    int h = line;
+    if (p.shape.axis[kT].rows) at(p.shape, kT, p.by_keys_h.divide(line, h), row) += x;
+    at(p.shape, kH, h, row) += x;
+  }
+};
+
+// <grad[m], out[m]> of the lane's two queries; 0 where there is none.
+template <typename T>
+__device__ __forceinline__ void find_delta(const AttentionBwdParams& p, const QueryBlock& block, int first,
+                                           float (&delta)[2]) {
+  const int lane = threadIdx.x % 32, row = first + lane / 2;
+  float sum = 0.f;
+  if (row < block.count) {
+    const T* grad = block.rows_of<T>(p.grad) + static_cast<int64_t>(block.first + row) * p.grad.row;
+    const T* out = block.rows_of<T>(p.out) + static_cast<int64_t>(block.first + row) * p.out.row;
+    for (int d = lane % 2 * kVector<T>; d < p.shape.D; d += 2 * kVector<T>) {
+      float x[kVector<T>], y[kVector<T>];
+      unpack<T>(*reinterpret_cast<const uint4*>(grad + d), x);
+      unpack<T>(*reinterpret_cast<const uint4*>(out + d), y);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) sum = fmaf(x[i], y[i], sum);
+    }
+  }
+  sum += __shfl_xor_sync(~0u, sum, 1);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(~0u, sum, 2 * (lane / 4 + 8 * half));
+}
+
+// dq += d_a / scale times the table rows of axis a; gradient(row of the strip, key) is d_a.
+template <typename T, int D, typename F>
+__device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const Coordinates* rows, int first,
+                                                   const Tile<T, D>& table_rows, float (&dq)[1][D / 8][4],
+                                                   F&& gradient) {
+  const Axis& axis = p.shape.axis[a];
+  const T* table = static_cast<const T*>(p.table);
+  const int lane = threadIdx.x % 32;
+  const float inverse = 1.f / p.scale;
+  int low, high;
+  strip_range(p, a, rows + first, low, high);
+  for (int l0 = low; l0 <= high; l0 += 16) {
+    __syncwarp();  // the tile may be overwritten
+    copy_rows(table_rows, 16, p.shape.D, lane, 32, table, [&](int row) {
+      return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr;
+    });
+    cp_async_commit();
+    float whole[1][2][4], rest[1][2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, l = l0 + j * 8 + lane % 4 * 2 + e % 2, c = rows[first + row].of[a];
+        const int key = c >= 0 && l <= high ? p.index[axis.inverse + c * axis.rows + l - axis.first_row] : -1;
+        const float x = key >= 0 ? gradient(row, key) * inverse : 0.f;
+        whole[0][j][e] = to_float(from_float<T>(x));
+        rest[0][j][e] = x - whole[0][j][e];
+      }
+    cp_async_wait<0>();
+    __syncwarp();
+    add_weighted(dq, whole, table_rows, 0);
+    if constexpr (sizeof(T) == 2) add_weighted(dq, rest, table_rows, 0);
+  }
+}
+
+template <typename T, int D, int BLOCKS, bool ONE_LINE>
+struct AttentionBwdQueries {
+  static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 ? 2 : 4;  // blocks at a time
+  using Bias = StripBias<T, BLOCKS, ONE_LINE>;
+  const AttentionBwdParams& p;
+  const QueryBlock& block;
+  const Coordinates* rows;
+  Bias bias;
+  float delta[2], offset[2];  // offset: of the exponent, in powers of two
+  float below[2];             // the largest column factor
+  float dq[1][D / 8][4] = {};
+  float dcolumn[BLOCKS][4] = {};
+
+  __device__ __forceinline__ AttentionBwdQueries(const AttentionBwdParams& p, const QueryBlock& block,
+                                                 const Coordinates* rows, int first)
+      : p(p), block(block), rows(rows) {
+    bias.first = first;
+  }
+
+  // Of the query of this lane where a strip is spread over 16 lanes.
+  __device__ __forceinline__ float of_lane(const float (&x)[2]) const {
+    const int lane = threadIdx.x % 32, source = lane % 8 * 4;
+    const float upper = __shfl_sync(~0u, x[0], source), lower = __shfl_sync(~0u, x[1], source);
+    return lane % 16 < 8 ? upper : lower;
+  }
+
+  __device__ __forceinline__ void begin(const Tile<T, D>& q, const LineFactors<T>& lines) {
+    lines.fill(p, rows, q, bias.first, bias.largest);
+    largest_factors<T>(p, kW, rows, q, bias.first, below);
+    find_delta<T>(p, block, bias.first, delta);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      bias.largest[half] += below[half] * kLog2e;
+      const int m = bias.row(half);
+      const float lse = m < block.count ? p.lse[block.group * p.shape.M() + block.first + m] : INFINITY;
+      offset[half] = bias.largest[half] - lse * kLog2e;
+    }
+  }
+
+  // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
+  float total[2] = {}, weighted[2] = {};
+  __device__ __forceinline__ void measure(const Span& span, int tile, int begin, const LineFactors<T>& lines,
+                                          const Tile<T, D>& q, const Tile<T, D>& grad, const Tile<T, D>& k,
+                                          const Tile<T, D>& v) {
+    float weight[1][kPart][4], dp[1][kPart][4];
+    weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        total[e / 2] += weight[0][j][e];
+        weighted[e / 2] = fmaf(weight[0][j][e], dp[0][j][e], weighted[e / 2]);
+      }
+  }
+  __device__ __forceinline__ void use_measured() {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      for (int x = 1; x < 4; x *= 2) {
+        total[half] += __shfl_xor_sync(~0u, total[half], x);
+        weighted[half] += __shfl_xor_sync(~0u, weighted[half], x);
+      }
+      if (bias.row(half) >= block.count) continue;
+      offset[half] -= log2f(total[half]);
+      delta[half] = weighted[half] / total[half];
+    }
+  }
+
+  __device__ __forceinline__ void write_lines(const LineFactors<T>& lines) const {
+    const KeySlots slots(p.shape);
+    const int64_t queries = padded_queries(p.shape);
+    const int count = slots.lines(p.shape), lane = threadIdx.x % 32, row = bias.first + lane % 16;
+    const float all = of_lane(offset), own_largest = of_lane(bias.largest), own_delta = of_lane(delta);
+    if (block.first + row >= queries) return;
+    float* to = p.lines + int64_t{block.group} * (count + 1) * queries + block.first + row;
+    for (int i = lane / 16; i <= count; i += 2)
+      to[i * queries] = i == count ? own_delta
+                        : i < slots.prefix_lines ? all - own_largest
+                                                 : all + lines(p, i - slots.prefix_lines, row);
+  }
+
+  __device__ __forceinline__ void write_columns(const Span& span) const {
+    const int lane = threadIdx.x % 32, ld = KeySlots(p.shape).line;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int m = bias.row(half);
+      if (m >= block.count) continue;
+      Factor<T>* to = static_cast<Factor<T>*>(p.columns) + (block.group * p.shape.M() + block.first + m) * ld;
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j)
+        if (span.column(p.keys, j) < span.columns && p.keys.line_of[j] == 0)
+          set_pair(to + span.first + span.column(p.keys, j) + lane % 4 * 2, bias.column[j][2 * half],
+                   bias.column[j][2 * half + 1]);
+    }
+  }
+
+  // p and <grad, v> of blocks `begin` .. of a tile.
+  __device__ __forceinline__ void weigh(const Span& span, int tile, int begin, const LineFactors<T>& lines,
+                                        const Tile<T, D>& q, const Tile<T, D>& grad, const Tile<T, D>& k,
+                                        const Tile<T, D>& v, float (&weight)[1][kPart][4],
+                                        float (&dp)[1][kPart][4]) const {
+    const float to_powers = p.scale * kLog2e;
+    float line[2];
+    bias.start(p, lines, span, tile, begin, weight[0], line);
+    add_products(weight, q, bias.first, k, begin * 8);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], to_powers, line[e / 2] + offset[e / 2]));
+        dp[0][j][e] = 0.f;
+      }
+    add_products(dp, grad, bias.first, v, begin * 8);
+  }
+
+  __device__ __forceinline__ void absorb(const Span& span, int tile, int begin, const LineFactors<T>& lines,
+                                         const LineGradients& dlines, const Tile<T, D>& q, const Tile<T, D>& grad,
+                                         const Tile<T, D>& k, const Tile<T, D>& v) {
+    float weight[1][kPart][4], dp[1][kPart][4];
+    weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        dp[0][j][e] = weight[0][j][e] * (dp[0][j][e] - delta[e / 2]);
+        if (span.of_lines) dcolumn[begin + j][e] += dp[0][j][e];
+      }
+    add_weighted(dq, dp, k, begin * 8);
+    if (span.of_lines) add_lines(tile, begin, dlines, dp[0]);
+  }
+
+  __device__ __forceinline__ void add_lines(int tile, int begin, const LineGradients& dlines,
+                                            const float (&ds)[kPart][4]) const {
+    constexpr int kTogether = ONE_LINE ? kPart : 1;  // blocks of a line
+#pragma unroll
+    for (int j = 0; j < kPart; j += kTogether)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < kTogether; ++i) sum += ds[j + i][2 * half] + ds[j + i][2 * half + 1];
+        for (int x = 1; x < 4; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
+        const int line = ONE_LINE ? tile : tile * p.keys.lines + p.keys.line_of[begin + j];
+        if (threadIdx.x % 4 == 0 && line < p.shape.outer_keys()) dlines.add(p, line, bias.row(half), sum);
+      }
+  }
+
+  // Column gradients of a span that is over; `stage`: 16 rows.
+  __device__ __forceinline__ void end_span(const Span& span, float* stage, const Tile<T, D>& table_rows) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int at = span.column(p.keys, j) + lane % 4 * 2 + e % 2, row = lane / 4 + e / 2 * 8;
+        float& to = stage[row * Bias::kLd + at];
+        if (at < span.columns) to = p.keys.line_of[j] ? to + dcolumn[j][e] : dcolumn[j][e];
+        dcolumn[j][e] = 0.f;
+      }
+    __syncwarp();
+    if (p.dfactors)
+      write_factors(kW, span.first, span.columns, [&](int row, int i) { return stage[row * Bias::kLd + i]; });
+    add_table_products(p, kW, rows, bias.first, table_rows, dq, [&](int row, int key) {
+      const int at = key - span.first;
+      return at >= 0 && at < span.columns ? stage[row * Bias::kLd + at] : 0.f;
+    });
+  }
+
+  // Factor gradients of keys first .. first + count - 1 of an axis.
+  template <typename F>
+  __device__ __forceinline__ void write_factors(int a, int first, int count, F&& gradient) const {
+    const int64_t row0 = block.group * p.shape.M() + block.first + bias.first;
+    for (int row = 0; row < 16 && bias.first + row < block.count; ++row)
+      for (int i = threadIdx.x % 32; i < count; i += 32)
+        p.dfactors[(row0 + row) * p.shape.factors() + p.shape.axis[a].factor + first + i] = gradient(row, i);
+  }
+
+  __device__ __forceinline__ void end(const LineGradients& dlines, const Tile<T, D>& table_rows, const Tile<T, D>& q) {
+    __syncwarp();
+    for (int a = kT; a < kW; ++a) {
+      if (p.shape.axis[a].rows == 0) continue;
+      const auto gradient = [&](int row, int key) { return dlines.at(p.shape, a, key, bias.first + row); };
+      if (p.dfactors) write_factors(a, 0, p.shape.axis[a].keys, gradient);
+      add_table_products(p, a, rows, bias.first, table_rows, dq, gradient);
+    }
+    if (p.dq.data == nullptr) return;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int d = 0; d < D / 8; ++d)
+        set_pair(q.at(bias.row(half), d * 8 + threadIdx.x % 4 * 2), dq[0][d][2 * half] * p.scale,
+                 dq[0][d][2 * half + 1] * p.scale);
+    __syncwarp();
+    T* group = block.rows_of<T>(p.dq);
+    store_rows(q, bias.first, 16, p.shape.D, [&](int m) {
+      return m < block.count ? group + static_cast<int64_t>(block.first + m) * p.dq.row : nullptr;
+    });
+  }
+};
+
+template <typename T, int D, int BLOCKS, bool ONE_LINE>
+__global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_queries_kernel(const AttentionBwdParams p) {
+  using Warp = AttentionBwdQueries<T, D, BLOCKS, ONE_LINE>;
+  RELPOS_DYNAMIC_SHARED(shared);
+  const AttentionBwdQueriesShared at = attention_bwd_queries_shared(p.shape, p.keys, p.block_rows, D, sizeof(T));
+  Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
+  const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)}, grad{reinterpret_cast<T*>(shared + at.grad)};
+  const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
+  const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows};
+  const LineGradients dlines{reinterpret_cast<float*>(shared + at.dlines), dlines_ld(p.block_rows)};
+  const int warp = threadIdx.x / 32;
+  unsigned char* own = shared + at.keys + warp * 16 * (Warp::Bias::kLd * 4 + Tile<T, D>::kLd * sizeof(T));
+  float* stage = reinterpret_cast<float*>(own);
+  const Tile<T, D> table_rows{reinterpret_cast<T*>(own + 16 * Warp::Bias::kLd * 4)};
+
+  const QueryBlock block(p, p.block_rows);
+  copy_queries(q, p.block_rows, p, block, p.q);
+  copy_queries(grad, p.block_rows, p, block, p.grad);
+  cp_async_commit();
+  locate_queries(p.shape, block, p.block_rows, rows);
+  const int outer = p.shape.axis[kT].factors() + p.shape.axis[kH].factors();
+  for (int i = threadIdx.x; i < outer * dlines.ld; i += blockDim.x) dlines.data[i] = 0.f;
+  cp_async_wait<0>();
+  __syncthreads();
+
+  Warp mine(p, block, rows, warp * 16);
+  mine.begin(q, lines);
+  const auto for_each_span = [&](auto&& begin_span, auto&& work, auto&& end_span) {
+    for (int i = -Span::count_before(p); i < p.keys.spans; ++i) {
+      const Span span(p, i);
+      __syncthreads();  // the stages may be overwritten
+      mine.bias.fill_columns(p, span, rows, q, mine.below, stage);
+      begin_span(span);
+      keys.for_each_tile(p, block, span, [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+#pragma unroll
+        for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) work(span, tile, begin, k, v);
+      });
+      end_span(span);
+    }
+  };
+  const auto nothing = [](const Span&) {};
+  if constexpr (sizeof(T) == 4) {
+    for_each_span(nothing, [&](const Span& span, int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
+      mine.measure(span, tile, begin, lines, q, grad, k, v);
+    }, nothing);
+    mine.use_measured();
+  }
+  if (p.lines) mine.write_lines(lines);
+  for_each_span(
+      [&](const Span& span) {
+        if (p.columns && span.of_lines) mine.write_columns(span);
+      },
+      [&](const Span& span, int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
+        mine.absorb(span, tile, begin, lines, dlines, q, grad, k, v);
+      },
+      [&](const Span& span) {
+        __syncthreads();  // the stages may be overwritten
+        if (span.of_lines) mine.end_span(span, stage, table_rows);
+      });
+  mine.end(dlines, table_rows, q);
+}
+
+}  // namespace relpos

@@ -1,0 +1,52 @@
+// table_grad.cu - the gradient of the table: check, fill params, launch.
+#include "table_grad.h"
+
+#include "dispatch.h"
+#include "table_grad.cuh"
+
+namespace relpos {
+
+void check_work_spaces(const Shape& s, const Tensor& q, const std::optional<Tensor>& factors,
+                       const std::optional<Tensor>& partials) {
+  RELPOS_CHECK(factors && partials, "dtable needs the work spaces factors and partials");
+  int64_t pairs = 0;
+  for (const Axis& a : s.axis) pairs += a.rows ? static_cast<int64_t>(a.queries) * a.keys : 0;
+  constexpr int64_t kMostSplits = 65535;  // the second axis of a grid
+  RELPOS_CHECK(partials->dim() == 3 && partials->size(0) >= 1 && partials->size(0) <= kMostSplits &&
+                   partials->size(1) == pairs && partials->size(2) == s.D,
+               "partials must be [splits, ", pairs, ", ", s.D, "]");
+  check_buffer("factors", *factors, q, ScalarType::Float, s.rows() * s.factors());
+  check_buffer("partials", *partials, q, ScalarType::Float, partials->numel());
+}
+
+void launch_table_gradient(const OnDevice& device, const Shape& s, const QueryStrides& strides, const Tensor& q,
+                           const Tensor& index, const Tensor& factors, const Tensor& partials, Tensor& dtable) {
+  TableGradParams p;
+  p.shape = s;
+  p.q = {q.const_data_ptr(), strides.batch, strides.head, strides.row};
+  p.index = index.const_data_ptr<int32_t>();
+  p.dfactors = factors.const_data_ptr<float>();
+  p.partials = partials.mutable_data_ptr<float>();
+  p.dtable = dtable.mutable_data_ptr<float>();
+  p.pairs = partials.size(1);
+  p.splits = static_cast<int>(partials.size(0));
+  p.by_heads = FastDiv(s.heads);
+  int coordinates = 0, inner = 1;
+  for (int a = kAxes - 1; a >= 0; --a) {
+    p.of_axis[a].by_inner = FastDiv(inner);
+    p.of_axis[a].by_per_group = FastDiv(static_cast<int>(s.grid_queries() / s.axis[a].queries));
+    inner *= s.axis[a].queries;
+    coordinates += s.axis[a].rows ? s.axis[a].queries : 0;
+  }
+  dispatch_dtypes(q.scalar_type(), q.scalar_type(), [&](auto, auto type) {
+    using T = typename decltype(type)::type;
+    const bool mma = sizeof(T) == 2 && s.D % 8 == 0;
+    auto kernel = table_partial_kernel<T, false>;
+    if constexpr (sizeof(T) == 2)
+      if (mma) kernel = table_partial_kernel<T, true>;
+    device.launch(kernel, dim3(coordinates, p.splits), kThreads, table_partial_shared(mma), p);
+  });
+  device.launch(table_sum_kernel, dim3(s.table_rows()), kThreads, 0, p);
+}
+
+}  // namespace relpos

@@ -1,0 +1,17 @@
+// table_grad.h - the gradient of the table, of both ops: kernels in table_grad.cuh.
+#pragma once
+#include <optional>
+
+#include "../checks.h"
+#include "runtime.h"
+
+namespace relpos {
+
+void check_work_spaces(const Shape& s, const Tensor& q, const std::optional<Tensor>& factors,
+                       const std::optional<Tensor>& partials);
+
+// From the gradient of the factors [rows, factors]; partials [splits, pairs of coordinates, D].
+void launch_table_gradient(const OnDevice& device, const Shape& s, const QueryStrides& strides, const Tensor& q,
+                           const Tensor& index, const Tensor& factors, const Tensor& partials, Tensor& dtable);
+
+}  // namespace relpos
