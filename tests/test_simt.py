@@ -138,6 +138,16 @@ def test_mma_is_a_matrix_product(shim: Shim, dtype: torch.dtype, through_ldmatri
     assert shim.count("mma") == 1 and shim.count("ldmatrix") == 2 * through_ldmatrix
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_mma_takes_numbers_of_every_kind(shim: Shim, dtype: torch.dtype):
+    a, b = torch.zeros(16, 16, dtype=dtype), torch.zeros(16, 8, dtype=dtype)
+    kind = torch.finfo(dtype)
+    some = [0, -0.0, torch.inf, -torch.inf, torch.nan, kind.max, kind.min, kind.tiny, kind.tiny / 4, kind.tiny * 0.75]
+    a[:10, 0], b[0] = torch.tensor(some, dtype=torch.float64).to(dtype), 1
+    got = shim(f"matmul {str(dtype).removeprefix('torch.')}", torch.cat([a.flatten(), b.flatten()]), torch.zeros(16, 8))
+    torch.testing.assert_close(got, a[:, :1].float().expand(16, 8), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("fault", ["", "ignored bits"])
 def test_mma_of_tf32_is_a_matrix_product(shim: Shim, fault: str):
     torch.manual_seed(0)

@@ -1,14 +1,13 @@
-// machine.cpp - threads of a launch, block after block, and whose turn it is.
+// machine.cpp - threads of a launch, block after block.
 //
 // It throws simt::Error out of launch(), with the kernel's source line, for
 //   * a launch the driver would refuse (grid, block, shared memory);
 //   * a deadlock, naming who waits where;
-//   * one barrier or warp op met at two different source lines;
 //   * a write just outside shared memory;
-// and for what simt.cpp and sm90.cpp add.
+// and for what simt.cpp, sm80.cpp and sm90.cpp add.
 //
-// Under ThreadSanitizer (SIMT_TSAN) every CUDA thread is a thread to it, and only barriers order their memory. These
-// three files are compiled without its instrumentation: the shim's own books neither race nor order anything.
+// Under ThreadSanitizer (SIMT_TSAN) every CUDA thread is a thread to it, and only barriers order their memory. The
+// shim's .cpp files are compiled without its instrumentation: its own books neither race nor order anything.
 #include "machine.h"
 
 #include <array>
@@ -24,7 +23,7 @@
 
 #include "guarded_memory.h"
 
-uint3 threadIdx, blockIdx;
+uint3 blockIdx;
 dim3 blockDim, gridDim;
 
 namespace simt {
@@ -33,9 +32,7 @@ namespace {
 
 // The launch.
 const std::function<void()>* thread_body;
-enum { kFifo, kLifo, kRandom } schedule;
 enum { kLate, kEarly, kEither } arrival;
-std::mt19937 rng;
 
 // The block.
 struct Crew {  // whoever takes a block; two that take turns are strangers to a race detector
@@ -46,15 +43,13 @@ struct Crew {  // whoever takes a block; two that take turns are strangers to a 
 constexpr unsigned kCrews = kDetectsRaces ? 2 : 1;
 std::array<Crew, kCrews> crews;
 Crew* crew = &crews[0];
-Thread host;
-std::deque<Thread*> ready;
-unsigned live;  // threads that have not exited
 std::string error;
 
 }  // namespace
 
+Thread host;
 bool async_proxy;
-Thread* self = &host;
+std::mt19937 rng;
 uint32_t shared_window;
 
 // ---- messages
@@ -75,19 +70,12 @@ std::string text(const char* format, ...) {
 
 std::string where(const Site& site) { return text("%s:%u", site.file_name(), site.line()); }
 
-void switch_to(Thread& to) {
-  std::exchange(self, &to)->switch_to(to);
-  threadIdx = self->coordinates;
-}
-
 [[noreturn]] void stop(const std::string& message) {
   if (self == &host) throw Error(message);
   error = message;
   switch_to(host);  // it throws; this fiber never runs again
   std::abort();
 }
-
-namespace {
 
 [[noreturn]] void report_deadlock() {
   std::map<std::string, std::vector<unsigned>> waiting;
@@ -101,73 +89,10 @@ namespace {
   stop(message);
 }
 
-}  // namespace
-
-// ---- whose turn it is
-
 unsigned char* shared_begin() { return crew->memory->begin(); }
 ptrdiff_t shared_bytes() { return static_cast<ptrdiff_t>(crew->memory->size()); }
 
-size_t choose(size_t waiting) { return schedule == kFifo ? 0 : schedule == kLifo ? waiting - 1 : rng() % waiting; }
-
 bool happens_at_once() { return arrival == kEarly || (arrival == kEither && rng() % 2 == 0); }
-
-namespace {
-
-Thread& next_thread() {
-  while (ready.empty() && live > 0)
-    if (!deliver_copy()) report_deadlock();
-  if (ready.empty()) return host;
-  if (schedule == kRandom) std::swap(ready.back(), ready[rng() % ready.size()]);
-  Thread* const next = schedule == kFifo ? ready.front() : ready.back();
-  schedule == kFifo ? ready.pop_front() : ready.pop_back();
-  return *next;
-}
-
-}  // namespace
-
-void park(std::vector<Thread*>& among, const Op& op, const Site& site) {
-  among.push_back(self);
-  self->waits_in = &op, self->waits_at = site;
-  switch_to(next_thread());
-}
-void wake(std::vector<Thread*>& waiting) {
-  ready.insert(ready.end(), waiting.begin(), waiting.end());
-  waiting.clear();
-}
-
-// ---- rendezvous: join, open the gate if complete, wait
-
-namespace {
-bool same(const Site& a, const Site& b) {
-  return a.line() == b.line() && (a.file_name() == b.file_name() || std::strcmp(a.file_name(), b.file_name()) == 0);
-}
-
-}  // namespace
-
-void join(Gate& gate, const Op& op, const Site& site) {
-  if (gate.waiting.empty()) {
-    gate.op = &op, gate.site = site;
-  } else if (gate.op != &op || !same(gate.site, site)) {
-    stop(text("divergence: thread %u is in %s at %s, thread %u waits in %s at %s", self->index, op.name,
-              where(site).c_str(), gate.waiting[0]->index, gate.op->name, where(gate.site).c_str()));
-  }
-  gate.waiting.push_back(self);
-  self->waits_in = &op, self->waits_at = site;
-  if (op.orders_memory) gate.order[gate.turn].release(self->identity);
-}
-
-// The caller has joined; `turn` is the gate's when it did.
-void wait(Gate& gate, int turn, const Op& op) {
-  switch_to(next_thread());
-  if (op.orders_memory) gate.order[turn].acquire(self->identity);
-}
-
-void open(Gate& gate) {
-  ++(counts.*gate.op->counter);
-  wake(gate.waiting);
-  gate.turn ^= 1;
-}
 
 // ---- the life of a thread and of a block
 
@@ -175,14 +100,12 @@ namespace {
 
 void exit_thread() {
   self->done = true;
-  --live;
   crew->order.release(self->identity);
-  leave_block(live);
+  leave_block();
 }
 
 void thread_main() {
   self->arrived();
-  threadIdx = self->coordinates;
   for (;;) {  // once per block
     crew->order.acquire(self->identity);
     (*thread_body)();
@@ -199,21 +122,22 @@ void thread_main() {
 void run_block(unsigned threads) {
   while (crew->threads.size() < threads) {
     Thread& t = crew->threads.emplace_back(thread_main);
-    t.index = static_cast<unsigned>(crew->threads.size() - 1);
+    t.index = static_cast<uint16_t>(crew->threads.size() - 1);
     t.identity = new_identity(async_proxy);
   }
-  live = threads;
-  begin_warps(threads), begin_block(threads);
+  std::vector<Thread*> present;
   for (Thread& t : crew->threads) {
     t.done = t.index >= threads, t.groups = 0;
     if (t.done) continue;
     const unsigned row = t.index / blockDim.x;
-    t.coordinates = {t.index % blockDim.x, row % blockDim.y, row / blockDim.y};
-    ready.push_back(&t);
+    t.x = static_cast<uint16_t>(t.index % blockDim.x), t.y = static_cast<uint16_t>(row % blockDim.y);
+    t.z = static_cast<uint8_t>(row / blockDim.y);
+    present.push_back(&t);
   }
+  begin_warps(present), begin_block(threads);
   switch_to(next_thread());
   if (error.empty()) return check_block_end();
-  ready.clear(), crew->threads.clear();  // its fibers stand in the middle of a kernel
+  abandon_block(), crew->threads.clear();  // its fibers stand in the middle of a kernel
   throw Error(std::exchange(error, {}));
 }
 

@@ -1,15 +1,14 @@
 // runtime_emulated.h - csrc/cuda/runtime.h for the CPU: the same launchers and kernels, run by the shim.
 #pragma once
 #include <cstdlib>
-#include <stdexcept>
 
 #include "../../csrc/checks.h"
 #include "sm90.h"
 
 namespace relpos {
 
-inline uint4 load_stream(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) throw std::runtime_error("load_stream: misaligned address");
+inline uint4 load_stream(const void* p, simt::Site site = simt::Site::current()) {
+  if (reinterpret_cast<uintptr_t>(p) % 16) simt::fail(site, "load_stream: misaligned address");
   return *static_cast<const uint4*>(p);
 }
 

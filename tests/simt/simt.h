@@ -79,30 +79,35 @@ struct Op {
   long Stats::* counter;
   bool whole_warp = false;  // the .sync.aligned instructions
   bool orders_memory = false;
-  void (*combine)(struct Slot*) = nullptr;  // what all lanes brought, by the last to come, under no lane's name
+  void (*combine)(struct Slots&) = nullptr;  // what all lanes brought, by the last to come, under no lane's name
 };
 inline constexpr Op kShuffle{"shuffle", &Stats::shuffles};
 inline constexpr Op kVote{"vote", &Stats::votes};
 inline constexpr Op kSyncwarp{"__syncwarp", &Stats::warp_barriers, false, true};
 inline constexpr Op kSyncthreads{"__syncthreads", &Stats::block_barriers, false, true};
 
-// What each lane of a warp brought to a warp op.
-struct alignas(16) Slot {
-  unsigned char bytes[48];
+// What the lanes of a warp brought to a warp op, one after the other.
+struct alignas(16) Slots {
+  uint32_t words[warpSize * 12];
+
+  template <typename T>
+  T& at(int lane) {
+    return reinterpret_cast<T*>(words)[lane];
+  }
 };
 struct Gathered {
-  const Slot* slots;
+  const uint32_t* words;
   unsigned present;
 
   template <typename T>
   const T& at(int lane) const {
-    return *reinterpret_cast<const T*>(slots[lane].bytes);
+    return reinterpret_cast<const T*>(words)[lane];
   }
 };
 
 void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 void block_barrier(const Site& site);
-Gathered warp_op(const Op& op, unsigned mask, const void* mine, size_t bytes, const Site& site);
+Gathered warp_op(const Op& op, unsigned mask, const uint32_t* mine, unsigned words, const Site& site);
 unsigned char* shared_memory(unsigned alignment);
 [[noreturn]] void fail(const Site& site, const char* format, ...) __attribute__((format(printf, 2, 3)));
 
@@ -111,15 +116,14 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, st
   run(grid, block, shared_bytes, [&] { kernel(params...); });
 }
 
-inline int thread_index() {
-  return static_cast<int>((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x);
-}
+extern int running_thread;  // its number in the block
+inline int thread_index() { return running_thread; }
 inline int lane() { return thread_index() % warpSize; }
 
 template <typename T>
 Gathered gather(const Op& op, unsigned mask, const T& mine, const Site& site) {
-  static_assert(sizeof(T) <= sizeof(Slot) && std::is_trivially_copyable_v<T>);
-  return warp_op(op, mask, &mine, sizeof(T), site);
+  static_assert(sizeof(T) % 4 == 0 && 32 * sizeof(T) <= sizeof(Slots) && std::is_trivially_copyable_v<T>);
+  return warp_op(op, mask, reinterpret_cast<const uint32_t*>(&mine), sizeof(T) / 4, site);
 }
 
 // Lane `source` of this lane's segment of `width` lanes; a source outside it means the own value.

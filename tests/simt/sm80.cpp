@@ -9,53 +9,77 @@
 namespace simt {
 namespace {
 
-// The word's element number i of two, or of one.
+// ---- products: d += a b on 16 x K, K x 8 and 16 x 8 elements
+
+// Bits to values, without a branch, so that the compiler converts many at once.
 struct Float16 {
-  static constexpr int kPerWord = 2;
-  static double element(uint32_t word, int i) { return half_of<__half>(word, i); }
+  using Bits = uint16_t;
+  static float value(Bits x) {
+    const uint32_t magnitude = uint32_t{x & 0x7fffu} << 13, sign = uint32_t{x & 0x8000u} << 16;
+    const auto finite = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
+    return __builtin_bit_cast(float, sign | finite | -uint32_t{magnitude >= 0x0f800000} & 0x7f800000);
+  }
 };
 struct Bfloat16 {
-  static constexpr int kPerWord = 2;
-  static double element(uint32_t word, int i) { return half_of<__nv_bfloat16>(word, i); }
+  using Bits = uint16_t;
+  static float value(Bits x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
 };
 struct Tf32 {
-  static constexpr int kPerWord = 1;
-  static double element(uint32_t word, int) { return __builtin_bit_cast(float, word& kTf32Bits); }
+  using Bits = uint32_t;
+  static float value(Bits x) {
+    const uint32_t counts = x & kTf32Bits;
+    return __builtin_bit_cast(float, counts);
+  }
 };
 
-// d += a b on 16 x K, K x 8 and 16 x 8. A quarter of a, a half of b or d is an 8 x 8 words tile, as a word of 16 or
-// 32 bits counts: lane l holds word l % 4 of row l / 4 of each (of b: of column l / 4); d has two columns per word.
+// d += a b for d [16, 8].
+#ifdef __x86_64__
+__attribute__((target_clones("default", "arch=haswell")))
+#endif
+void add_product(const double* a, const double* b, int depth, double* d) {
+  using Row = double __attribute__((vector_size(64)));
+  const auto at = [](const double* p) { return *reinterpret_cast<const Row*>(p); };
+  for (int i = 0; i < 16; i += 4) {  // four sums under way at once
+    Row sum[4];
+    for (int r = 0; r < 4; ++r) sum[r] = at(d + 8 * (i + r));
+    for (int k = 0; k < depth; ++k)
+      for (int r = 0; r < 4; ++r) sum[r] += a[(i + r) * depth + k] * at(b + 8 * k);
+    for (int r = 0; r < 4; ++r) std::memcpy(d + 8 * (i + r), &sum[r], sizeof sum[r]);
+  }
+}
+
+// Lane 4 i + j holds word j of row i of each 8 x 4 words of a and of d, of column i of each 4 x 8 words of b; a word of
+// d is two floats. The sums run over k as the lanes hold it, which is another order than in memory.
 template <typename T>
-void multiply_as(Slot* slots) {
-  constexpr int kWords = 4, kK = 2 * kWords * T::kPerWord;
-  double a[16][kK], b[kK][8];
+void multiply_as(Slots& warp) {
+  using Bits = typename T::Bits;
+  constexpr int kPerWord = sizeof(uint32_t) / sizeof(Bits), kDepth = 8 * kPerWord;
+  Bits a_bits[16 * kDepth], b_bits[kDepth * 8];
   for (int l = 0; l < warpSize; ++l) {
-    const auto& lane = *reinterpret_cast<const Fragments*>(slots[l].bytes);
-    for (int h = 0; h < 2; ++h)
-      for (int i = 0; i < T::kPerWord; ++i) {
-        const int k = (h * kWords + l % 4) * T::kPerWord + i;
-        for (int v = 0; v < 2; ++v) a[l / 4 + 8 * v][k] = T::element(lane.a[2 * h + v], i);
-        b[k][l / 4] = T::element(lane.b[h], i);
-      }
+    const auto& lane = warp.at<Fragments>(l);
+    for (int h = 0; h < 2; ++h) {
+      const int k = (l % 4 * 2 + h) * kPerWord;
+      std::memcpy(&a_bits[l / 4 * kDepth + k], &lane.a[2 * h], sizeof(uint32_t));
+      std::memcpy(&a_bits[(l / 4 + 8) * kDepth + k], &lane.a[2 * h + 1], sizeof(uint32_t));
+      for (int i = 0; i < kPerWord; ++i) b_bits[(k + i) * 8 + l / 4] = static_cast<Bits>(lane.b[h] >> 16 * i);
+    }
   }
-  for (int row = 0; row < 16; ++row) {
-    double sum[8];
-    const auto d = [&](int column) -> float& {
-      auto& lane = *reinterpret_cast<Fragments*>(slots[row % 8 * 4 + column / 2].bytes);
-      return lane.d[row / 8 * 2 + column % 2];
-    };
-    for (int j = 0; j < 8; ++j) sum[j] = d(j);
-    for (int k = 0; k < kK; ++k)
-      for (int j = 0; j < 8; ++j) sum[j] += a[row][k] * b[k][j];
-    for (int j = 0; j < 8; ++j) d(j) = static_cast<float>(sum[j]);
-  }
+  alignas(64) double a[16 * kDepth], b[kDepth * 8], d[16 * 8];
+  for (int i = 0; i < 16 * kDepth; ++i) a[i] = T::value(a_bits[i]);
+  for (int i = 0; i < 8 * kDepth; ++i) b[i] = T::value(b_bits[i]);
+  const auto at = [&](int l, int r) -> double& { return d[(l / 4 + r / 2 * 8) * 8 + l % 4 * 2 + r % 2]; };
+  for (int l = 0; l < warpSize; ++l)
+    for (int r = 0; r < 4; ++r) at(l, r) = warp.at<Fragments>(l).d[r];
+  add_product(a, b, kDepth, d);
+  for (int l = 0; l < warpSize; ++l)
+    for (int r = 0; r < 4; ++r) warp.at<Fragments>(l).d[r] = static_cast<float>(at(l, r));
 }
 
 }  // namespace
 
-void multiply_float16(Slot* slots) { multiply_as<Float16>(slots); }
-void multiply_bfloat16(Slot* slots) { multiply_as<Bfloat16>(slots); }
-void multiply_tf32(Slot* slots) { multiply_as<Tf32>(slots); }
+void multiply_float16(Slots& warp) { multiply_as<Float16>(warp); }
+void multiply_bfloat16(Slots& warp) { multiply_as<Bfloat16>(warp); }
+void multiply_tf32(Slots& warp) { multiply_as<Tf32>(warp); }
 
 void check_shared_row(const void* row, const char* what, const Site& site) {
   const ptrdiff_t at = static_cast<const unsigned char*>(row) - shared_begin(), size = shared_bytes();
@@ -63,11 +87,10 @@ void check_shared_row(const void* row, const char* what, const Site& site) {
   if (at % 16 != 0) fail(site, "%s: byte %td of shared memory is not 16-byte aligned", what, at);
 }
 
-void count_conflicts(const Gathered& rows, int matrices) {  // 8 rows, 8 columns of 16 bytes
+void count_conflicts(const void* const* rows, int matrices) {  // 8 rows, 8 columns of 16 bytes
   for (int j = 0; j < matrices; ++j) {
     unsigned columns = 0;
-    for (int i = 8 * j; i < 8 * j + 8; ++i)
-      columns |= 1u << (reinterpret_cast<uintptr_t>(rows.at<const void*>(i)) / 16 % 8);
+    for (int i = 8 * j; i < 8 * j + 8; ++i) columns |= 1u << (reinterpret_cast<uintptr_t>(rows[i]) / 16 % 8);
     counts.bank_conflicts += 8 - __builtin_popcount(columns);
   }
 }

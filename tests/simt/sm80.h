@@ -12,9 +12,9 @@ struct Fragments {
   uint32_t a[4], b[2];
   float d[4];
 };
-void multiply_float16(Slot* slots);
-void multiply_bfloat16(Slot* slots);
-void multiply_tf32(Slot* slots);
+void multiply_float16(Slots& warp);
+void multiply_bfloat16(Slots& warp);
+void multiply_tf32(Slots& warp);
 
 inline constexpr Op kMmaFloat16{"mma", &Stats::mma, true, false, multiply_float16};
 inline constexpr Op kMmaBfloat16{"mma", &Stats::mma, true, false, multiply_bfloat16};
@@ -32,7 +32,7 @@ bool start_copy(const void* dst, const void* src, const Site& site);  // whether
 void copy_commit();
 bool next_copy(int groups_left, Copy& copy);  // one that must have arrived when that many groups are under way
 void check_shared_row(const void* row, const char* what, const Site& site);
-void count_conflicts(const Gathered& rows, int matrices);
+void count_conflicts(const void* const* rows, int matrices);
 
 // d += a b, as all 32 lanes hold it.
 inline void multiply(const Op& op, float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const Site& site) {
@@ -61,12 +61,12 @@ void load_matrices(uint32_t (&r)[MATRICES], const void* row, const Site& site) {
   using Row = const uint16_t*;
   if (lane() < 8 * MATRICES) check_shared_row(row, "ldmatrix", site);
   const Gathered rows = gather(kLdmatrix, ~0u, static_cast<Row>(row), site);
-  if (lane() == 0) count_conflicts(rows, MATRICES);
-  const int major = lane() / 4, minor = lane() % 4 * 2;
+  if (lane() == 0) count_conflicts(&rows.at<const void*>(0), MATRICES);
+  const int l = lane(), major = l / 4, minor = l % 4 * 2;
   for (int j = 0; j < MATRICES; ++j) {
     const auto element = [&](int i, int k) -> uint32_t { return rows.at<Row>(8 * j + i)[k]; };
     r[j] = TRANS ? element(minor, major) | element(minor + 1, major) << 16
-                 : element(major, minor) | element(major, minor + 1) << 16;
+                 : *reinterpret_cast<const uint32_t*>(rows.at<Row>(8 * j + major) + minor);
   }
 }
 

@@ -47,8 +47,8 @@ struct Accumulators {  // their values while the kernel may not see them
   int products = 0;
   Site site{};
 };
-struct Asynchronous {  // of a thread
-  std::deque<Product> products{};
+struct Asynchronous {  // of a thread; a block makes them for all its threads, so nothing here allocates
+  std::vector<Product> products{};
   std::map<float*, Accumulators> hidden{};
   int groups = 0;
   bool fenced = false;
@@ -116,7 +116,7 @@ bool finish_one(int groups_left) {
   Asynchronous& thread = mine();
   if (thread.products.empty() || thread.products.front().group >= thread.groups - groups_left) return false;
   const Product product = std::move(thread.products.front());
-  thread.products.pop_front();
+  thread.products.erase(thread.products.begin());
   const auto at = thread.hidden.find(product.d);
   Accumulators& sums = at->second;
   books.reset();

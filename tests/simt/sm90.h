@@ -140,7 +140,11 @@ template <bool TRANS>
 void store_matrices(void* row, const uint32_t (&r)[4], const Site& site) {
   check_shared_row(row, "stmatrix", site);
   const Gathered warp = gather(kStmatrix, ~0u, Stored{row, {r[0], r[1], r[2], r[3]}}, site);
-  if (lane() == 0) count_conflicts(warp, 4);
+  if (lane() == 0) {
+    const void* rows[warpSize];
+    for (int l = 0; l < warpSize; ++l) rows[l] = warp.at<Stored>(l).row;
+    count_conflicts(rows, 4);
+  }
   const int matrix = lane() / 8, i = lane() % 8;
   for (int k = 0; k < 8; ++k) {
     const int from_row = TRANS ? k : i, from_column = TRANS ? i : k;

@@ -22,6 +22,7 @@ FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
 
 
 SHIM = ("machine.cpp", "simt.cpp", "sm80.cpp", "sm90.cpp")
+SHIM_FLAGS = ("-O3", "-fvisibility=hidden", "-fno-sanitize=alignment")  # it has no pointers of the kernel's
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ def compile_library(
     """Builds one shared library out of kernel sources and the shim, or a copy of it."""
     include = ["-DRELPOS_EMULATE", f"-I{shim}", "-isystem", str(cuda_include())]
     units = [(source, sanitizer.flags) for source in sources]
-    units += [(shim / name, sanitizer.shim_flags) for name in SHIM]
+    units += [(shim / name, (*SHIM_FLAGS, *sanitizer.shim_flags)) for name in SHIM]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         objects = [str(Path(folder, f"{i}.o")) for i in range(len(units))]
 
