@@ -3,7 +3,6 @@
 namespace relpos {
 namespace {
 
-constexpr int64_t kReservedPerBlock = 1024;
 constexpr int kBlocksPerSm = 2;                            // hide one block's prologue behind the other's stream
 constexpr int64_t kMaxOffset = (int64_t{1} << 31) - 4096;  // of an element within a block's slab
 

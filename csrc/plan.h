@@ -22,6 +22,7 @@ struct SharedLimits {
   int64_t per_block, per_sm;  // bytes of shared memory
 };
 SharedLimits shared_limits(int arch);
+constexpr int64_t kReservedPerBlock = 1024;
 
 enum class Direction { kForward, kBackward };
 

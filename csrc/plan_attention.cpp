@@ -1,14 +1,17 @@
 #include "plan_attention.h"
 
+#include <algorithm>
+
 #include "plan.h"
 
 namespace relpos {
 namespace {
 
 constexpr int kMostColumnsOfManyLines = 32;  // longer lines have a tile of their own
+constexpr int kMostWarps = 8;  // of an SM: each takes nearly all registers that a thread may have
 constexpr int kPastEverySpan = 1 << 20;
 
-int blocks_of(int columns) { return columns <= 48 ? 6 : kMaxKeyBlocks; }
+int blocks_of(int columns) { return columns <= 48 && !kFewKernels ? 6 : kMaxKeyBlocks; }
 
 std::string with(const char* what, int64_t value) { return what + std::to_string(value); }
 
@@ -56,22 +59,34 @@ AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, 
   plan.keys = tile_keys(s, bytes);
   const int D = plan.head_dim = kernel_head_dim(s.D);
   const bool forward = kernel == AttentionKernel::kForward, of_keys = kernel == AttentionKernel::kBackwardKeys;
-  const int rows_of_warp = 16 * (forward ? strips_of(bytes, D) : 1);
-  const int64_t most = shared_limits(arch).per_block, rows = of_keys ? KeySlots(s).count(s) : s.M();
-  // Backward: more warps share a tile that passes; forward: two blocks share an SM. Long factors: fewer queries fit.
-  for (int warps = forward ? 4 : 8; warps; warps /= 2) {
+  const int64_t rows = of_keys ? KeySlots(s).count(s) : s.M();
+  const SharedLimits limits = shared_limits(arch);
+  // Where an SM holds as many warps either way: forward, two small blocks, for one works while the other waits;
+  // backward, one large block, whose warps share what passes.
+  int most_resident = 0;
+  int64_t least_shared = 0;
+  for (const int warps : {forward ? 4 : 8, forward ? 8 : 4, 2, 1}) {
+    const int block_rows = warps * 16 * (forward ? strips_of(bytes, D) : 1);
+    const int64_t shared = forward   ? attention_fwd_shared(s, plan.keys, block_rows, D, bytes).total
+                           : of_keys ? attention_bwd_keys_shared(s, block_rows, D, bytes).total
+                                     : attention_bwd_queries_shared(s, plan.keys, block_rows, D, bytes).total;
+    least_shared = least_shared ? std::min(least_shared, shared) : shared;
+    const bool half_idle = warps > 1 && block_rows / 2 >= rows;
+    if (shared > limits.per_block || half_idle) continue;
+    const int64_t blocks = std::min<int64_t>(kMostWarps / warps, limits.per_sm / (shared + kReservedPerBlock));
+    const int resident = warps * static_cast<int>(blocks);
+    if (resident <= most_resident) continue;
+    most_resident = resident;
     plan.threads = warps * 32;
-    plan.block_rows = warps * rows_of_warp;
-    plan.shared_bytes = forward   ? attention_fwd_shared(s, plan.keys, plan.block_rows, D, bytes).total
-                        : of_keys ? attention_bwd_keys_shared(s, plan.block_rows, D, bytes).total
-                                  : attention_bwd_queries_shared(s, plan.keys, plan.block_rows, D, bytes).total;
-    const bool wasteful = warps > 1 && plan.block_rows / 2 >= rows;
-    if (plan.shared_bytes <= most && !wasteful) break;
+    plan.block_rows = block_rows;
+    plan.shared_bytes = shared;
+  }
+  if (most_resident == 0) {
+    plan.refusal = "the factors of a few queries and a tile of keys, " + std::to_string(least_shared) +
+                   " bytes, exceed shared memory";
+    return plan;
   }
   plan.grid = s.groups * ceil_div<int64_t>(rows, plan.block_rows);
-  if (plan.shared_bytes > most)
-    plan.refusal = "the factors of a few queries and a tile of keys, " + std::to_string(plan.shared_bytes) +
-                   " bytes, exceed shared memory";
   return plan;
 }
 

@@ -15,7 +15,6 @@ namespace relpos {
 
 constexpr int kMostAttentionThreads = 256;
 constexpr int kMaxKeyBlocks = 8, kKeyStages = 2;
-constexpr int kQueryTile = 64;  // queries that pass the keys that stay, at a time
 constexpr int kInnerPad = 4;  // floats between rows of factors that pass through shared memory
 constexpr float kLeastScale = 1.f / 512, kMostScale = 512.f;  // the bias is kept divided by it, half precision included
 
@@ -31,8 +30,16 @@ struct KeyTiling {
 };
 KeyTiling tile_keys(const Shape& s, int bytes);
 
+#ifdef RELPOS_FEW_KERNELS  // tests that compile them many times
+constexpr bool kFewKernels = true;
+#else
+constexpr bool kFewKernels = false;
+#endif
+
 // The head dimension of the kernel that takes D; 0 if none does.
-constexpr int kernel_head_dim(int D) { return D > 128 || D % 8 ? 0 : D <= 64 ? 64 : round_up(D, 16); }
+constexpr int kernel_head_dim(int D) {
+  return D > 128 || D % 8 ? 0 : D <= 64 ? 64 : kFewKernels ? 128 : round_up(D, 16);
+}
 
 // Strips of 16 queries that a warp of the forward takes: two share the keys they read.
 constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 96 ? 2 : 1; }
@@ -98,6 +105,9 @@ struct KeySlots {
 //   lines   [groups, lines + 1, queries]     float, the last is delta
 RELPOS_HD inline int64_t padded_queries(const Shape& s) { return round_up<int64_t>(s.M(), 4); }
 
+// Queries that pass the keys that stay, at a time.
+RELPOS_HD constexpr int query_tile(int bytes) { return bytes == 2 ? 64 : 32; }
+
 struct AttentionBwdKeysShared {
   int64_t k, v, stages;                                  // a stage holds:
   int64_t q, grad, columns, lines, delta, bytes_of_stage;  // bytes from its begin
@@ -114,11 +124,12 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   at.lines_at_most = lines < block_keys / 8 ? lines : block_keys / 8;
   at.v = at.k + block_keys * ld;
   at.stages = at.v + block_keys * ld;
-  at.grad = at.q + kQueryTile * ld;
-  at.columns = at.grad + kQueryTile * ld;
-  at.lines = at.columns + int64_t{kQueryTile} * at.column_ld * bytes;
-  at.delta = at.lines + int64_t{at.lines_at_most} * kQueryTile * 4;
-  at.bytes_of_stage = at.delta + kQueryTile * 4;
+  const int queries = query_tile(bytes);
+  at.grad = at.q + queries * ld;
+  at.columns = at.grad + queries * ld;
+  at.lines = at.columns + int64_t{queries} * at.column_ld * bytes;
+  at.delta = at.lines + int64_t{at.lines_at_most} * queries * 4;
+  at.bytes_of_stage = at.delta + queries * 4;
   at.total = at.stages + 2 * at.bytes_of_stage;
   return at;
 }

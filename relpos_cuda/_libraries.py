@@ -27,7 +27,8 @@ KINDS = tuple(FILENAMES)
 PLAN_SOURCES = ("plan.cpp", "plan_attention.cpp", "plan_bindings.cpp")
 CPU_SOURCES = ("cpu/logits.cpp", "cpu/attention_fwd.cpp", "cpu/attention_bwd.cpp")
 CPU_KERNELS = ("cpu/logits_kernels.cpp", "cpu/attention_kernels.cpp")  # once per instruction set
-CUDA_SOURCES = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu", "cuda/logits.cu", "cuda/table_grad.cu")
+CUDA_SOURCES = ("cuda/attention.cu", "cuda/logits.cu", "cuda/table_grad.cu")
+CUDA_KERNELS = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu")  # once per dtype
 CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
@@ -149,6 +150,9 @@ def _cuda() -> Library:
     )
     host_flags = (*_COMMON, "-O2", *_env.CXXFLAGS())
     units = [Unit(csrc() / name, flags, compiler="nvcc") for name in CUDA_SOURCES]
+    for name in CUDA_KERNELS:  # what compiles longest comes first
+        for dtype in ("float", "__half", "__nv_bfloat16"):
+            units.insert(0, Unit(csrc() / name, (*flags, f"-DRELPOS_TYPE={dtype}"), dtype.strip("_"), compiler="nvcc"))
     units += [Unit(csrc() / name, host_flags) for name in CUDA_HOST_SOURCES]
     return Library(
         title="the CUDA kernels",

@@ -18,7 +18,10 @@ from relpos_cuda import _libraries, _ops, autograd, support
 from simt import toolchain
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [*(f"csrc/{name}" for name in (*_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES))]
+SOURCES = [
+    f"csrc/{name}"
+    for name in (*_libraries.CUDA_KERNELS, *_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)
+]
 NAMESPACE = "relpos_emulated"
 INSTEAD = "RELPOS_EMULATED_LIBRARY"  # variable that names another library to test, one with a planted bug
 

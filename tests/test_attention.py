@@ -52,8 +52,8 @@ def use_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_ops, name, getattr(_fallback_attention, name))
 
 
-@pytest.fixture(params=["cpu", "pytorch", "cuda"])
-def real_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["cpu", "pytorch", "emulated", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As that of conftest.py, and the PyTorch path on the CPU."""
     if request.param != "pytorch":
         return use_device(request.param, monkeypatch)
@@ -74,21 +74,21 @@ def compare(problem: Problem, inputs, dtype: torch.dtype, device: str, **more) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("problem", [*PROBLEMS, *SOME_MODELS], ids=str)
-def test_same_as_the_formula(problem: Problem, dtype: torch.dtype, real_device: str):
-    compare(problem, draw_attention(problem, dtype), dtype, real_device)
+def test_same_as_the_formula(problem: Problem, dtype: torch.dtype, device: str):
+    compare(problem, draw_attention(problem, dtype), dtype, device)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1, 2.5])
-def test_scale(scale: float, real_device: str):
+def test_scale(scale: float, device: str):
     problem = same("scale", 4, 5, 16)
-    compare(problem, draw_attention(problem, torch.float32), torch.float32, real_device, scale=scale)
+    compare(problem, draw_attention(problem, torch.float32), torch.float32, device, scale=scale)
 
 
 @pytest.mark.parametrize("problem", [*PROBLEMS, SOME_MODELS[0]], ids=str)
-def test_float64(problem: Problem, real_device: str):
+def test_float64(problem: Problem, device: str):
     inputs = draw_attention(problem, torch.float64)
     exact = run_attention(eager, problem, inputs, torch.float64)
-    got = run_attention(ours, problem, inputs, torch.float64, real_device)
+    got = run_attention(ours, problem, inputs, torch.float64, device)
     for name, g, e in zip(ATTENTION_NAMES, got, exact, strict=False):
         if vanishes(problem, name):
             assert_vanishes(g, e, exact, name)
@@ -109,12 +109,12 @@ def test_gradcheck(problem: Problem, chunk: int | None, monkeypatch: pytest.Monk
     assert torch.autograd.gradcheck(lambda *tensors: call_attention(ours, problem, list(tensors), scale=0.7), leaves)
 
 
-def test_lse(real_device: str):
+def test_lse(device: str):
     problem = Problem("lse", (4, 5), (2, 3), 16, batch=2, heads=3, prefix=1)
-    q, k, v, *tables = (t.detach() for t in draw_attention(problem, torch.float32).leaves(torch.float32, real_device))
+    q, k, v, *tables = (t.detach() for t in draw_attention(problem, torch.float32).leaves(torch.float32, device))
     grids = (problem.q_size, problem.k_size)
     table, index = relpos_cuda.tables.stack(tables, *grids), relpos_cuda.tables.lookup(*grids, q.device)
-    lse = torch.empty(6, 21, device=real_device)
+    lse = torch.empty(6, 21, device=device)
     _ops.attention_fwd(torch.empty_like(q), lse, q, k, v, table, index, *grids, 1, 0.3)
     logits = reference.add_decomposed_rel_pos(0.3 * q @ k.mT, q, *tables, *grids, num_prefix_tokens=1)
     torch.testing.assert_close(lse, logits.logsumexp(-1).flatten(0, 1))
@@ -124,33 +124,33 @@ def test_lse(real_device: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_large_bias(dtype: torch.dtype, real_device: str):
+def test_large_bias(dtype: torch.dtype, device: str):
     """Standard deviation 8: rows of the softmax are nearly one-hot."""
     problem = same("large_bias", 8, 9, 32)
     inputs = draw_attention(problem, dtype)
     for table in inputs.tensors[3:]:
         table *= 8
-    compare(problem, inputs, dtype, real_device)
+    compare(problem, inputs, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_one_huge_logit(dtype: torch.dtype, real_device: str):
+def test_one_huge_logit(dtype: torch.dtype, device: str):
     problem = with_enough_numbers(same("huge", 6, 7, 16))
     inputs = draw_attention(problem, dtype)
     inputs.tensors[0][0, 0, 5] *= 64
     inputs.tensors[1][0, 0, 11] *= 64
-    compare(problem, inputs, dtype, real_device)
+    compare(problem, inputs, dtype, device)
 
 
-def test_logits_beyond_float16(real_device: str):
+def test_logits_beyond_float16(device: str):
     """They overflow in eager half precision; in float32 sums they do not."""
     problem = same("beyond", 4, 5, 16)
     inputs = draw_attention(problem, torch.float16)
     for t in inputs.tensors[:2]:
         t *= 256
     exact = run_attention(eager, problem, inputs, torch.float64)
-    rival = run_attention(eager, problem, inputs, torch.float16, real_device)
-    got = run_attention(ours, problem, inputs, torch.float16, real_device)
+    rival = run_attention(eager, problem, inputs, torch.float16, device)
+    got = run_attention(ours, problem, inputs, torch.float16, device)
     assert not torch.isfinite(rival[0]).all()
     assert all(torch.isfinite(g).all() for g in got)
     torch.testing.assert_close(got[0].cpu().double(), exact[0], rtol=2**-10, atol=2**-10)
@@ -175,13 +175,13 @@ def with_odd_row_stride(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("layout", [packed, with_strided_last_axis, with_odd_row_stride])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_strides(layout, dtype: torch.dtype, real_device: str):
+def test_strides(layout, dtype: torch.dtype, device: str):
     problem = same("strided", 4, 8, 16, batch=2, heads=3)
     inputs = draw_attention(problem, dtype)
-    expected = run_attention(ours, problem, inputs, dtype, real_device)
-    leaves = inputs.leaves(dtype, real_device)
+    expected = run_attention(ours, problem, inputs, dtype, device)
+    leaves = inputs.leaves(dtype, device)
     out = call_attention(ours, problem, layout(leaves))
-    grads = torch.autograd.grad(out, leaves, inputs.grad.to(real_device, dtype))
+    grads = torch.autograd.grad(out, leaves, inputs.grad.to(device, dtype))
     for name, got, want in zip(ATTENTION_NAMES, (out, *grads), expected, strict=False):
         torch.testing.assert_close(got, want, msg=name)
 
@@ -198,22 +198,22 @@ def test_packed_views_are_not_copied_and_heads_come_out_merged(monkeypatch: pyte
     assert out.shape == (2, 3, 32, 16) and merged.data_ptr() == out.data_ptr() and merged.is_contiguous()
 
 
-def test_three_and_four_dimensional_q_agree(real_device: str):
+def test_three_and_four_dimensional_q_agree(device: str):
     problem = same("dims", 5, 6, 24, batch=2, heads=3)
     inputs = draw_attention(problem, torch.float32)
-    four = run_attention(ours, problem, inputs, torch.float32, real_device)
+    four = run_attention(ours, problem, inputs, torch.float32, device)
     inputs.tensors[:3] = [t.flatten(0, 1) for t in inputs.tensors[:3]]
     inputs.grad = inputs.grad.flatten(0, 1)
-    three = run_attention(ours, problem, inputs, torch.float32, real_device)
+    three = run_attention(ours, problem, inputs, torch.float32, device)
     assert three[0].shape == (6, 30, 24) and three[0].is_contiguous()
     for name, a, b in zip(ATTENTION_NAMES, three, four, strict=False):
         torch.testing.assert_close(a, b.reshape(a.shape), msg=name)
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed"])
-def test_gradient_of_any_layout(layout: str, real_device: str):
+def test_gradient_of_any_layout(layout: str, device: str):
     problem = same("grad", 4, 5, 16)
-    leaves = draw_attention(problem, torch.float32).leaves(torch.float32, real_device)
+    leaves = draw_attention(problem, torch.float32).leaves(torch.float32, device)
     out = call_attention(ours, problem, leaves)
     ones = torch.ones_like(out)
     grad = ones[:1, :1, :1, :1].expand_as(out) if layout == "expanded" else ones.mT.contiguous().mT
@@ -223,18 +223,18 @@ def test_gradient_of_any_layout(layout: str, real_device: str):
 
 
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [4], [0, 2], [1, 3], [2, 4]])
-def test_only_the_gradients_that_are_asked_for(wanted: list[int], real_device: str, monkeypatch: pytest.MonkeyPatch):
+def test_only_the_gradients_that_are_asked_for(wanted: list[int], device: str, monkeypatch: pytest.MonkeyPatch):
     problem = same("some", 4, 5, 16)
     inputs = draw_attention(problem, torch.float32)
-    every = run_attention(ours, problem, inputs, torch.float32, real_device)[1:]
-    leaves = inputs.leaves(torch.float32, real_device)
+    every = run_attention(ours, problem, inputs, torch.float32, device)[1:]
+    leaves = inputs.leaves(torch.float32, device)
     for i, leaf in enumerate(leaves):
         leaf.requires_grad_(i in wanted)
     asked = []
     original = _ops.attention_bwd
     monkeypatch.setattr(_ops, "attention_bwd", lambda *args: (asked.append(args[:4]), original(*args)))
     out = call_attention(ours, problem, leaves)
-    got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(real_device, torch.float32))
+    got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(device, torch.float32))
     assert all(torch.equal(g, every[i]) for g, i in zip(got, wanted, strict=True))
     assert [t is not None for t in asked[0]] == [0 in wanted, 1 in wanted, 2 in wanted, bool({3, 4} & set(wanted))]
 
@@ -269,11 +269,11 @@ def test_chunks(problem: Problem, budget: str, dtype: torch.dtype, monkeypatch: 
 
 
 @pytest.mark.parametrize("problem", [TINY[0], TINY[-1], *SOME_MODELS[:2]], ids=str)
-def test_bitwise_the_same_on_every_run(problem: Problem, real_device: str, monkeypatch: pytest.MonkeyPatch):
+def test_bitwise_the_same_on_every_run(problem: Problem, device: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", 4 * problem.columns * (problem.rows // 5))
     inputs = draw_attention(problem, torch.float32)
     torch.set_num_threads(2)
-    results = [run_attention(ours, problem, inputs, torch.float32, real_device) for _ in range(3)]
+    results = [run_attention(ours, problem, inputs, torch.float32, device) for _ in range(3)]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -303,12 +303,12 @@ def test_nothing_larger_than_a_chunk(dtype: torch.dtype, monkeypatch: pytest.Mon
     assert largest.bytes == 8 << 20
 
 
-def test_what_is_saved(real_device: str, monkeypatch: pytest.MonkeyPatch):
+def test_what_is_saved(device: str, monkeypatch: pytest.MonkeyPatch):
     wants_lse = []
     original = _ops.attention_fwd
     monkeypatch.setattr(_ops, "attention_fwd", lambda *args: (wants_lse.append(args[1] is not None), original(*args)))
     problem = same("saved", 16, 16, 16)
-    leaves = draw_attention(problem, torch.float32).leaves(torch.float32, real_device)
+    leaves = draw_attention(problem, torch.float32).leaves(torch.float32, device)
     saved: list[int] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.numel()), t)[1], lambda t: t):
         call_attention(ours, problem, leaves)
@@ -321,9 +321,9 @@ def test_what_is_saved(real_device: str, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("batch,heads", [(0, 2), (2, 0)])
-def test_no_groups(batch: int, heads: int, real_device: str):
+def test_no_groups(batch: int, heads: int, device: str):
     problem = same("empty", 3, 4, 8, batch=batch, heads=heads)
-    out, *grads = run_attention(ours, problem, draw_attention(problem, torch.float32), torch.float32, real_device)
+    out, *grads = run_attention(ours, problem, draw_attention(problem, torch.float32), torch.float32, device)
     assert out.shape == (batch, heads, 12, 8)
     assert all(d.shape == (batch, heads, 12, 8) for d in grads[:3])
     assert not any(d.any() for d in grads[3:])

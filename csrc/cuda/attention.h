@@ -1,87 +1,50 @@
-// attention.h - what the launchers of the attention share: checks, params, runtime values that become template values.
+// attention.h - the launches of the attention. Each takes a kernel for the plan's head dimension and tile of keys; the
+// kernels of one dtype are a translation unit of their own, so that they compile side by side.
 #pragma once
 #include "../params.h"
 #include "dispatch.h"
 
 namespace relpos {
 
-// Kernels read and write rows by vectors of 16 bytes.
-template <typename Data>
-TokenRows<Data> aligned_rows(const char* name, Data data, const QueryStrides& strides, int64_t bytes) {
-  const bool aligned = is_aligned(data, 16) && strides.batch * bytes % 16 == 0 && strides.head * bytes % 16 == 0 &&
-                       strides.row * bytes % 16 == 0;
-  RELPOS_CHECK(aligned, "every row of ", name, " must start at a multiple of 16 bytes");
-  return {data, strides.batch, strides.head, strides.row};
-}
-inline InRows in_rows(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
-  return aligned_rows(name, t.const_data_ptr(), check_tokens(name, t, q, s, tokens), t.element_size());
-}
-inline OutRows out_rows(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
-  return aligned_rows(name, t.mutable_data_ptr(), check_tokens(name, t, q, s, tokens), t.element_size());
-}
-
-inline int bytes_of(const Tensor& t) { return static_cast<int>(t.element_size()); }
-
-inline void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, const Tensor& v,
-                 const Tensor& table, const Tensor& index, double scale) {
-  p.shape = s;
-  p.q = in_rows("q", q, q, s, s.M());
-  p.k = in_rows("k", k, q, s, s.N());
-  p.v = in_rows("v", v, q, s, s.N());
-  RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");
-  p.table = table.const_data_ptr();
-  p.index = index.const_data_ptr<int32_t>();
-  p.scale = static_cast<float>(scale);
-  p.by_heads = FastDiv(s.heads);
-  p.by_keys_h = FastDiv(s.axis[kH].keys);
-}
-
-inline void obey(AttentionParams& p, const AttentionPlan& plan) {
-  RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
-  p.keys = plan.keys;
-  p.block_rows = plan.block_rows;
-  p.by_tiles = FastDiv(static_cast<int>(plan.grid / p.shape.groups));
-}
+template <typename T>
+void launch_attention_fwd(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p);
+template <typename T>
+void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+template <typename T>
+void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 
 template <int V>
 using Int = std::integral_constant<int, V>;
 
-// f(Type<T>, Int<D>) for the dtype of q and the head dimension of the kernel.
+// f(Int<D>) for the head dimension of the kernel.
 template <typename F>
-void dispatch_attention(ScalarType dtype, int head_dim, F&& f) {
-  const auto with_dtype = [&](auto d) {
-    if (dtype == ScalarType::Half) return f(Type<__half>{}, d);
-    if (dtype == ScalarType::BFloat16) return f(Type<__nv_bfloat16>{}, d);
-    if (dtype == ScalarType::Float) return f(Type<float>{}, d);
-    RELPOS_CHECK(false, "no attention kernel for ", name_of(dtype), "; built for float16, bfloat16 and float32");
-  };
-  switch (head_dim) {
-    case 64:
-      return with_dtype(Int<64>{});
-    case 80:
-      return with_dtype(Int<80>{});
-    case 96:
-      return with_dtype(Int<96>{});
-    case 112:
-      return with_dtype(Int<112>{});
-    case 128:
-      return with_dtype(Int<128>{});
-    default:
-      RELPOS_CHECK(false, "no attention kernel for the head dimension ", head_dim);
+void dispatch_head_dim(int head_dim, F&& f) {
+  if (head_dim == 64) return f(Int<64>{});
+  if constexpr (!kFewKernels) {
+    if (head_dim == 80) return f(Int<80>{});
+    if (head_dim == 96) return f(Int<96>{});
+    if (head_dim == 112) return f(Int<112>{});
   }
+  if (head_dim == 128) return f(Int<128>{});
+  RELPOS_CHECK(false, "no attention kernel for the head dimension ", head_dim);
 }
 
 // f(Int<blocks>, Int<one line per tile>) for the tiles of keys that `tile_keys` makes for this dtype.
 template <typename T, typename F>
 void dispatch_keys(const KeyTiling& keys, F&& f) {
-  if constexpr (sizeof(T) == 4)
-    f(Int<kMaxKeyBlocks / 2>{}, Int<false>{});
-  else if (!keys.one_line)
-    f(Int<kMaxKeyBlocks>{}, Int<false>{});
-  else if (keys.blocks == 6)
-    f(Int<6>{}, Int<true>{});
-  else
-    f(Int<kMaxKeyBlocks>{}, Int<true>{});
+  if constexpr (sizeof(T) == 4) return f(Int<kMaxKeyBlocks / 2>{}, Int<false>{});
+  if constexpr (sizeof(T) == 2) {
+    if (!keys.one_line) return f(Int<kMaxKeyBlocks>{}, Int<false>{});
+    if (keys.blocks == kMaxKeyBlocks) return f(Int<kMaxKeyBlocks>{}, Int<true>{});
+    if constexpr (!kFewKernels) f(Int<6>{}, Int<true>{});
+  }
 }
+
+// The dtypes of a unit that holds kernels: one, RELPOS_TYPE, or all.
+#ifdef RELPOS_TYPE
+#define RELPOS_FOR_TYPES(INSTANTIATE) INSTANTIATE(RELPOS_TYPE)
+#else
+#define RELPOS_FOR_TYPES(INSTANTIATE) INSTANTIATE(__half) INSTANTIATE(__nv_bfloat16) INSTANTIATE(float)
+#endif
 
 }  // namespace relpos

@@ -53,6 +53,7 @@ struct SlotBlock {
 // A stage: one tile of queries with everything about them.
 template <typename T, int D>
 struct QueryStage {
+  static constexpr int kQueries = query_tile(sizeof(T));
   Tile<T, D> q, grad;
   Factor<T>* columns;  // [queries, column_ld]
   float *lines, *delta;  // [lines, queries], [queries]
@@ -72,14 +73,14 @@ struct QueryStage {
     const int M = static_cast<int>(p.shape.M());
     const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
       const T* data = group.rows_of<T>(from);
-      copy_rows(to, kQueryTile, p.shape.D, threadIdx.x, blockDim.x, data,
+      copy_rows(to, kQueries, p.shape.D, threadIdx.x, blockDim.x, data,
                 [&](int row) { return m0 + row < M ? data + (m0 + row) * from.row : nullptr; });
     };
     copy(q, p.q);
     copy(grad, p.grad);
     const int chunks = at.column_blocks * (8 / kChunk);
     const Factor<T>* all_columns = static_cast<const Factor<T>*>(p.columns) + int64_t{group.group} * M * block.slots.line;
-    for (int i = threadIdx.x; i < kQueryTile * chunks; i += blockDim.x) {
+    for (int i = threadIdx.x; i < kQueries * chunks; i += blockDim.x) {
       const int row = i / chunks, chunk = i - row * chunks;
       const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
       const bool exists = m0 + row < M;
@@ -89,11 +90,11 @@ struct QueryStage {
     const int64_t queries = padded_queries(p.shape);
     const int all_lines = block.slots.lines(p.shape);
     const float* group_lines = p.lines + int64_t{group.group} * (all_lines + 1) * queries;
-    for (int i = threadIdx.x; i < (block.lines + 1) * (kQueryTile / 4); i += blockDim.x) {
-      const int line = i / (kQueryTile / 4), m = i % (kQueryTile / 4) * 4;
+    for (int i = threadIdx.x; i < (block.lines + 1) * (kQueries / 4); i += blockDim.x) {
+      const int line = i / (kQueries / 4), m = i % (kQueries / 4) * 4;
       const bool exists = m0 + m < queries, is_delta = line == block.lines;
       const float* from = group_lines + (is_delta ? all_lines : block.first_line + line) * queries;
-      cp_async_16(is_delta ? delta + m : lines + line * kQueryTile + m, from + (exists ? m0 + m : 0), exists);
+      cp_async_16(is_delta ? delta + m : lines + line * kQueries + m, from + (exists ? m0 + m : 0), exists);
     }
   }
 };
@@ -160,7 +161,7 @@ struct AttentionBwdKeys {
       const float2 delta = *reinterpret_cast<const float2*>(stage.delta + m);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 add = *reinterpret_cast<const float2*>(stage.lines + line[half] * kQueryTile + m);
+        const float2 add = *reinterpret_cast<const float2*>(stage.lines + line[half] * QueryStage<T, D>::kQueries + m);
         float* s = score[0][j] + 2 * half;
         float* d = dp[0][j] + 2 * half;
         s[0] = exp2_approx(fmaf(s[0], to_powers, add.x)), s[1] = exp2_approx(fmaf(s[1], to_powers, add.y));
@@ -194,6 +195,7 @@ struct AttentionBwdKeys {
 template <typename T, int D>
 __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_kernel(const AttentionBwdParams p) {
   using Warp = AttentionBwdKeys<T, D>;
+  constexpr int kQueries = query_tile(sizeof(T));
   RELPOS_DYNAMIC_SHARED(shared);
   const AttentionBwdKeysShared at = attention_bwd_keys_shared(p.shape, p.block_rows, D, sizeof(T));
   const Tile<T, D> k{reinterpret_cast<T*>(shared + at.k)}, v{reinterpret_cast<T*>(shared + at.v)};
@@ -211,17 +213,17 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
   copy(v, p.v);
 
   Warp mine(p, block, threadIdx.x / 32 * 16);
-  const int tiles = ceil_div(static_cast<int>(p.shape.M()), kQueryTile);
+  const int tiles = ceil_div(static_cast<int>(p.shape.M()), kQueries);
   for (int tile = -1; tile < tiles; ++tile) {
     cp_async_wait<0>();
     __syncthreads();  // it is there, and the one before is done with
     if (tile + 1 < tiles)
-      QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, group, block, at, (tile + 1) * kQueryTile);
+      QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, group, block, at, (tile + 1) * kQueries);
     cp_async_commit();
     if (tile < 0) continue;
     const QueryStage<T, D> stage(shared, at, tile % 2);
 #pragma unroll 1
-    for (int begin = 0; begin < kQueryTile; begin += Warp::kPart * 8)
+    for (int begin = 0; begin < kQueries; begin += Warp::kPart * 8)
       mine.absorb(stage, at.column_ld, begin, k, v);
   }
   mine.store(p.dk, mine.dk, p.scale, k, group, block);

@@ -52,9 +52,10 @@ __device__ __forceinline__ void find_delta(const AttentionBwdParams& p, const Qu
   for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(~0u, sum, 2 * (lane / 4 + 8 * half));
 }
 
-// dq += d_a / scale times the table rows of axis a; gradient(row of the strip, key) is d_a.
+// dq += d_a / scale times the table rows of axis a and these keys; gradient(row of the strip, key) is d_a.
 template <typename T, int D, typename F>
-__device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const Coordinates* rows, int first,
+__device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const KeyRange& keys,
+                                                   const Coordinates* rows, int first,
                                                    const Tile<T, D>& table_rows, float (&dq)[1][D / 8][4],
                                                    F&& gradient) {
   const Axis& axis = p.shape.axis[a];
@@ -62,7 +63,7 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
   const int lane = threadIdx.x % 32;
   const float inverse = 1.f / p.scale;
   int low, high;
-  strip_range(p, a, rows + first, low, high);
+  strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 16) {
     __syncwarp();  // the tile may be overwritten
     copy_rows(table_rows, 16, p.shape.D, lane, 32, table, [&](int row) {
@@ -76,7 +77,7 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
       for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + e / 2 * 8, l = l0 + j * 8 + lane % 4 * 2 + e % 2, c = rows[first + row].of[a];
         const int key = c >= 0 && l <= high ? p.index[axis.inverse + c * axis.rows + l - axis.first_row] : -1;
-        const float x = key >= 0 ? gradient(row, key) * inverse : 0.f;
+        const float x = key >= keys.begin && key < keys.end ? gradient(row, key) * inverse : 0.f;
         whole[0][j][e] = to_float(from_float<T>(x));
         rest[0][j][e] = x - whole[0][j][e];
       }
@@ -248,10 +249,8 @@ struct AttentionBwdQueries {
     __syncwarp();
     if (p.dfactors)
       write_factors(kW, span.first, span.columns, [&](int row, int i) { return stage[row * Bias::kLd + i]; });
-    add_table_products(p, kW, rows, bias.first, table_rows, dq, [&](int row, int key) {
-      const int at = key - span.first;
-      return at >= 0 && at < span.columns ? stage[row * Bias::kLd + at] : 0.f;
-    });
+    add_table_products(p, kW, {span.first, span.first + span.columns}, rows, bias.first, table_rows, dq,
+                       [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
   }
 
   // Factor gradients of keys first .. first + count - 1 of an axis.
@@ -269,7 +268,7 @@ struct AttentionBwdQueries {
       if (p.shape.axis[a].rows == 0) continue;
       const auto gradient = [&](int row, int key) { return dlines.at(p.shape, a, key, bias.first + row); };
       if (p.dfactors) write_factors(a, 0, p.shape.axis[a].keys, gradient);
-      add_table_products(p, a, rows, bias.first, table_rows, dq, gradient);
+      add_table_products(p, a, {0, p.shape.axis[a].keys}, rows, bias.first, table_rows, dq, gradient);
     }
     if (p.dq.data == nullptr) return;
 #pragma unroll

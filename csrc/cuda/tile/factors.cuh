@@ -8,9 +8,20 @@
 
 namespace relpos {
 
-// The table rows that 16 queries use on an axis: low > high if none has a bias.
-__device__ __forceinline__ void strip_range(const AttentionParams& p, int a, const Coordinates* rows, int& low,
-                                            int& high) {
+#ifdef RELPOS_WITHOUT_BIAS  // tests/test_sass.py: what the bias costs in the loop
+constexpr bool kWithBias = false;
+#else
+constexpr bool kWithBias = true;
+#endif
+
+// Keys of an axis: begin .. end - 1.
+struct KeyRange {
+  int begin, end;
+};
+
+// The table rows that 16 queries use for these keys of an axis: low > high if none has a bias.
+__device__ __forceinline__ void strip_range(const AttentionParams& p, int a, const KeyRange& keys,
+                                            const Coordinates* rows, int& low, int& high) {
   const Axis& axis = p.shape.axis[a];
   const int c = rows[threadIdx.x % 16].of[a];
   int least = c < 0 ? axis.queries : c, most = c;
@@ -19,21 +30,22 @@ __device__ __forceinline__ void strip_range(const AttentionParams& p, int a, con
     most = max(most, __shfl_xor_sync(~0u, most, x));
   }
   const int32_t* of_axis = p.index + axis.index;
-  low = most < 0 ? 0 : of_axis[least * axis.keys + axis.keys - 1];
-  high = most < 0 ? -1 : of_axis[most * axis.keys];
+  low = most < 0 ? 0 : of_axis[least * axis.keys + keys.end - 1];
+  high = most < 0 ? -1 : of_axis[most * axis.keys + keys.begin];
 }
 
-// put(half, row, key, factor) for every factor of a strip of 16 queries, `first` and on, that this lane holds: row is
-// lane / 4 + 8 half of the strip.
+// put(half, row, key, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
+// holds: row is lane / 4 + 8 half of the strip.
 template <typename T, int D, typename F>
-__device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const Coordinates* rows,
+__device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const KeyRange& keys,
+                                              const Coordinates* rows,
                                               const Tile<T, D>& q, int first, F&& put) {
   constexpr int kBlocks = 4;  // of 8 table rows, sharing operands of q
   const Axis& axis = p.shape.axis[a];
   const T* table = static_cast<const T*>(p.table);
   const int lane = threadIdx.x % 32;
   int low, high;
-  strip_range(p, a, rows + first, low, high);
+  strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 8 * kBlocks) {
     float acc[kBlocks][4] = {};
 #pragma unroll
@@ -56,7 +68,7 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
         const int c = rows[first + row].of[a];
         if (c < 0 || l > high) continue;
         const int key = p.index[axis.inverse + c * axis.rows + l - axis.first_row];
-        if (key >= 0) put(e / 2, row, key, acc[n][e]);
+        if (key >= keys.begin && key < keys.end) put(e / 2, row, key, acc[n][e]);
       }
   }
 }
@@ -66,7 +78,7 @@ template <typename T, int D>
 __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a, const Coordinates* rows,
                                                 const Tile<T, D>& q, int first, float (&largest)[2]) {
   float most[2] = {-INFINITY, -INFINITY};
-  strip_factors<T>(p, a, rows, q, first, [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
+  strip_factors<T>(p, a, {0, p.shape.axis[a].keys}, rows, q, first, [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     for (int x = 1; x < 4; x *= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], x));
@@ -102,7 +114,7 @@ struct LineFactors {
       if (axis.rows == 0) continue;
       float most[2];
       largest_factors<T>(p, a, rows, q, first, most);
-      strip_factors<T>(p, a, rows, q, first, [&](int half, int row, int key, float x) {
+      strip_factors<T>(p, a, {0, axis.keys}, rows, q, first, [&](int half, int row, int key, float x) {
         at(p.shape, a, key, first + row) = from_float<Factor<T>>((x - most[half]) * kLog2e);
       });
       for (int i = threadIdx.x % 32; i < 16 * axis.keys; i += 32)
@@ -131,9 +143,9 @@ struct StripBias {
     const int lane = threadIdx.x % 32;
     const float inverse = 1.f / p.scale;
     if (span.of_lines) {
-      strip_factors<T>(p, kW, rows, q, first, [&](int half, int row, int key, float x) {
-        const int at = key - span.first;
-        if (at >= 0 && at < span.columns) stage[row * kLd + at] = (x - below[half]) * inverse;
+      const KeyRange keys{span.first, span.first + span.columns};
+      strip_factors<T>(p, kW, keys, rows, q, first, [&](int half, int row, int key, float x) {
+        stage[row * kLd + key - span.first] = (x - below[half]) * inverse;
       });
       __syncwarp();
     }
@@ -163,14 +175,14 @@ struct StripBias {
     const float from_powers = kLn2 / p.scale;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      line[half] = ONE_LINE ? line_factor(p, lines, span, tile, half) : 0.f;
+      line[half] = ONE_LINE && kWithBias ? line_factor(p, lines, span, tile, half) : 0.f;
 #pragma unroll
       for (int j = 0; j < PART; ++j) {
         float add = 0.f;
-        if constexpr (!ONE_LINE)
+        if constexpr (!ONE_LINE && kWithBias)
           add = line_factor(p, lines, span, tile * p.keys.lines + p.keys.line_of[begin + j], half) * from_powers;
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) score[j][e] = column[begin + j][e] + add;
+        for (int e = 2 * half; e < 2 * half + 2; ++e) score[j][e] = kWithBias ? column[begin + j][e] + add : 0.f;
       }
     }
   }

@@ -1,0 +1,139 @@
+// attention.cu - the attention ops on the GPU: check, fill params, plan, launch one kernel after another.
+#include "attention.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include "table_grad.h"
+
+#ifndef RELPOS_OPS
+#define RELPOS_OPS relpos_cuda
+#define RELPOS_DEVICE CUDA
+#endif
+
+namespace relpos {
+namespace {
+
+// Kernels read and write rows by vectors of 16 bytes.
+template <typename Data>
+TokenRows<Data> aligned_rows(const char* name, Data data, const QueryStrides& strides, int64_t bytes) {
+  const bool aligned = is_aligned(data, 16) && strides.batch * bytes % 16 == 0 && strides.head * bytes % 16 == 0 &&
+                       strides.row * bytes % 16 == 0;
+  RELPOS_CHECK(aligned, "every row of ", name, " must start at a multiple of 16 bytes");
+  return {data, strides.batch, strides.head, strides.row};
+}
+InRows in_rows(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
+  return aligned_rows(name, t.const_data_ptr(), check_tokens(name, t, q, s, tokens), t.element_size());
+}
+OutRows out_rows(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {
+  return aligned_rows(name, t.mutable_data_ptr(), check_tokens(name, t, q, s, tokens), t.element_size());
+}
+
+int bytes_of(const Tensor& t) { return static_cast<int>(t.element_size()); }
+
+void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, const Tensor& v,
+                 const Tensor& table, const Tensor& index, double scale) {
+  p.shape = s;
+  p.q = in_rows("q", q, q, s, s.M());
+  p.k = in_rows("k", k, q, s, s.N());
+  p.v = in_rows("v", v, q, s, s.N());
+  RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");
+  p.table = table.const_data_ptr();
+  p.index = index.const_data_ptr<int32_t>();
+  p.scale = static_cast<float>(scale);
+  p.by_heads = FastDiv(s.heads);
+  p.by_keys_h = FastDiv(s.axis[kH].keys);
+}
+
+// The plan of a kernel for these params, which obey it from then on.
+AttentionPlan plan_for(AttentionKernel kernel, AttentionParams& p, const OnDevice& device, const Tensor& q) {
+  const AttentionPlan plan = plan_attention(kernel, p.shape, bytes_of(q), device.arch(), p.scale);
+  RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
+  p.keys = plan.keys;
+  p.block_rows = plan.block_rows;
+  p.by_tiles = FastDiv(static_cast<int>(plan.grid / p.shape.groups));
+  return plan;
+}
+
+// f(Type<T>) for the dtype of q.
+template <typename F>
+void dispatch_dtype(const Tensor& q, F&& f) {
+  const ScalarType type = q.scalar_type();
+  RELPOS_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float,
+               "no attention kernel for ", name_of(type), "; built for float16, bfloat16 and float32");
+  if (type == ScalarType::Half) f(Type<__half>{});
+  if (type == ScalarType::BFloat16) f(Type<__nv_bfloat16>{});
+  if (type == ScalarType::Float) f(Type<float>{});
+}
+
+// What the first kernel of the backward leaves for the second: csrc/plan_attention.h.
+void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tensor>& columns,
+               const std::optional<Tensor>& lines) {
+  RELPOS_CHECK(columns && lines, "dk and dv need the work spaces columns and lines");
+  const Shape& s = p.shape;
+  const KeySlots slots(s);
+  const ScalarType type = bytes_of(q) == 2 ? ScalarType::Half : ScalarType::Float;
+  check_buffer("columns", *columns, q, type, s.rows() * slots.line);
+  check_buffer("lines", *lines, q, ScalarType::Float, s.groups * (slots.lines(s) + 1) * padded_queries(s));
+  p.columns = columns->mutable_data_ptr();
+  p.lines = lines->mutable_data_ptr<float>();
+}
+
+void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& table, const Tensor& index, std::vector<int64_t> q_size, std::vector<int64_t> k_size,
+                   int64_t prefix, double scale) {
+  QueryStrides strides;
+  const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
+  if (lse) check_buffer("lse", *lse, q, ScalarType::Float, s.rows());
+  AttentionFwdParams p;
+  fill(p, s, q, k, v, table, index, scale);
+  p.out = out_rows("out", out, q, s, s.M());
+  p.lse = lse ? lse->mutable_data_ptr<float>() : nullptr;
+  if (s.groups == 0) return;
+
+  const OnDevice device(q);
+  const AttentionPlan plan = plan_for(AttentionKernel::kForward, p, device, q);
+  dispatch_dtype(q, [&](auto type) { launch_attention_fwd<typename decltype(type)::type>(device, plan, p); });
+}
+
+void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,
+                   std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
+                   const Tensor& out, const Tensor& lse, const Tensor& table, const Tensor& index,
+                   const std::optional<Tensor>& factors, const std::optional<Tensor>& partials,
+                   const std::optional<Tensor>& columns, const std::optional<Tensor>& lines,
+                   std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix, double scale) {
+  QueryStrides strides;
+  const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
+  check_buffer("lse", lse, q, ScalarType::Float, s.rows());
+  if (dtable) check_buffer("dtable", *dtable, q, ScalarType::Float, table.numel());
+  if (dtable) check_work_spaces(s, q, factors, partials);
+  AttentionBwdParams p;
+  fill(p, s, q, k, v, table, index, scale);
+  p.grad = in_rows("grad", grad, q, s, s.M());
+  p.out = in_rows("out", out, q, s, s.M());
+  p.lse = lse.const_data_ptr<float>();
+  if (dq) p.dq = out_rows("dq", *dq, q, s, s.M());
+  if (dk) p.dk = out_rows("dk", *dk, q, s, s.N());
+  if (dv) p.dv = out_rows("dv", *dv, q, s, s.N());
+  if (dk || dv) use_cache(p, q, columns, lines);
+  p.dfactors = dtable ? factors->mutable_data_ptr<float>() : nullptr;
+
+  const OnDevice device(q);
+  if (s.groups > 0)
+    dispatch_dtype(q, [&](auto type) {
+      using T = typename decltype(type)::type;
+      const AttentionPlan of_queries = plan_for(AttentionKernel::kBackwardQueries, p, device, q);
+      launch_attention_bwd_queries<T>(device, of_queries, p);
+      if (!dk && !dv) return;
+      const AttentionPlan of_keys = plan_for(AttentionKernel::kBackwardKeys, p, device, q);
+      launch_attention_bwd_keys<T>(device, of_keys, p);
+    });
+  if (dtable) launch_table_gradient(device, s, strides, q, index, *factors, *partials, *dtable);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(RELPOS_OPS, RELPOS_DEVICE, m) {
+  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
+  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+}
+
+}  // namespace
+}  // namespace relpos
