@@ -78,10 +78,10 @@ struct AttentionParams {
   const int32_t* index = nullptr;  // csrc/shapes.h
   KeyTiling keys;
   int block_rows = 0;  // queries of a block
-  float scale = 1.f;
-  FastDiv by_tiles;   // blocks of a group
+  float scale = 1.f, inverse_scale = 1.f;
+  float to_powers = 1.f, from_powers = 1.f;  // between products of q and k and powers of two
+  FastDiv by_tiles;    // blocks of a group
   FastDiv by_heads;
-  FastDiv by_keys_h;
 };
 
 struct AttentionFwdParams : AttentionParams {

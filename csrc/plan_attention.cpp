@@ -37,6 +37,7 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
   t.blocks = t.one_line ? blocks_of(t.columns) : most_blocks;
   const int line_blocks = t.columns / 8;
   t.lines = t.one_line ? 1 : t.blocks / line_blocks;
+  t.padded_lines = round_up(s.outer_keys(), t.lines);
   for (int j = 0; j < kMaxKeyBlocks; ++j) {
     const bool used = j < t.lines * line_blocks;
     t.line_of[j] = used ? j / line_blocks : 0;

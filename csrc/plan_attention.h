@@ -26,6 +26,8 @@ struct KeyTiling {
   int spans = 0;
   int line_of[kMaxKeyBlocks] = {}, column_of[kMaxKeyBlocks] = {};  // of every block; unused ones are past the span
 
+  int padded_lines = 0;   // of all tiles of a span
+
   RELPOS_HD int keys() const { return blocks * 8; }
 };
 KeyTiling tile_keys(const Shape& s, int bytes);
@@ -54,38 +56,48 @@ struct Coordinates {  // of a query; -1: it has no bias
   int of[kAxes];
 };
 
+// Factors on their way into place, of a warp's 16 queries: floats per query.
+RELPOS_HD inline int64_t staged_factors(const Shape& s, const KeyTiling& tiling) {
+  const int columns = tiling.keys() + kInnerPad, outer = s.axis[kT].factors() + s.axis[kH].factors();
+  return columns > outer ? columns : outer;
+}
+// Line factors: those of the lines, -inf for those that fill the last tile, and a tile of zeros for class tokens.
+RELPOS_HD inline int64_t line_factors(const KeyTiling& tiling) { return tiling.padded_lines + tiling.lines; }
+
 // Byte offsets of a block's shared memory. Before the keys of a span arrive, their place serves the factors.
 struct AttentionFwdShared {
-  int64_t rows, q, keys, lines, total;
+  int64_t rows, largest, q, keys, lines, total;
 };
 RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const KeyTiling& tiling, int block_rows, int D,
                                                          int bytes) {
   const int64_t stages = int64_t{2} * kKeyStages * tiling.keys() * tile_ld(D, bytes) * bytes;
-  const int64_t inner = int64_t{block_rows} / strips_of(bytes, D) * (tiling.keys() + kInnerPad) * 4;
+  const int64_t staged = int64_t{block_rows} / strips_of(bytes, D) * staged_factors(s, tiling) * 4;
   AttentionFwdShared at{};
-  at.q = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
+  at.largest = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
+  at.q = at.largest + block_rows * 4;
   at.keys = at.q + int64_t{block_rows} * tile_ld(D, bytes) * bytes;
-  at.lines = at.keys + (stages > inner ? stages : inner);
-  at.total = at.lines + int64_t{s.axis[kT].factors() + s.axis[kH].factors()} * block_rows * bytes;
+  at.lines = at.keys + (stages > staged ? stages : staged);
+  at.total = at.lines + line_factors(tiling) * block_rows * bytes;
   return at;
 }
 
 // Backward, queries stay: dq, the factor gradients, and what the second kernel needs of the factors.
 struct AttentionBwdQueriesShared {
-  int64_t rows, q, grad, keys, lines, dlines, total;
+  int64_t rows, largest, q, grad, keys, lines, dlines, total;
 };
 RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Shape& s, const KeyTiling& tiling,
                                                                         int block_rows, int D, int bytes) {
-  const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes, outer = s.axis[kT].factors() + s.axis[kH].factors();
+  const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
   const int64_t stages = 2 * kKeyStages * tiling.keys() * ld;
-  const int64_t inner = block_rows * (int64_t{tiling.keys() + kInnerPad} * 4 + ld);  // and 16 table rows per warp
+  const int64_t staged = block_rows * (staged_factors(s, tiling) * 4 + ld);  // and 16 table rows per warp
   AttentionBwdQueriesShared at{};
-  at.q = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
+  at.largest = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
+  at.q = at.largest + block_rows * 4;
   at.grad = at.q + block_rows * ld;
   at.keys = at.grad + block_rows * ld;
-  at.lines = at.keys + (stages > inner ? stages : inner);
-  at.dlines = at.lines + round_up<int64_t>(outer * block_rows * bytes, 16);
-  at.total = at.dlines + outer * dlines_ld(block_rows) * 4;
+  at.lines = at.keys + (stages > staged ? stages : staged);
+  at.dlines = at.lines + round_up<int64_t>(line_factors(tiling) * block_rows * bytes, 16);
+  at.total = at.dlines + int64_t{tiling.padded_lines} * dlines_ld(block_rows) * 4;
   return at;
 }
 

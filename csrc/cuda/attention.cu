@@ -39,9 +39,12 @@ void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, 
   RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");
   p.table = table.const_data_ptr();
   p.index = index.const_data_ptr<int32_t>();
+  constexpr double kLog2e = 1.4426950408889634;
   p.scale = static_cast<float>(scale);
+  p.inverse_scale = static_cast<float>(1 / scale);
+  p.to_powers = static_cast<float>(scale * kLog2e);
+  p.from_powers = static_cast<float>(1 / (scale * kLog2e));
   p.by_heads = FastDiv(s.heads);
-  p.by_keys_h = FastDiv(s.axis[kH].keys);
 }
 
 // The plan of a kernel for these params, which obey it from then on.

@@ -150,7 +150,6 @@ struct AttentionBwdKeys {
   // Queries `begin` .. of a tile.
   __device__ __forceinline__ void absorb(const QueryStage<T, D>& stage, int column_ld, int begin, const Tile<T, D>& k,
                                          const Tile<T, D>& v) {
-    const float to_powers = p.scale * kLog2e;
     float score[1][kPart][4], dp[1][kPart][4] = {};
     start(score[0], stage, column_ld, begin);
     add_products(score, k, first, stage.q, begin);
@@ -164,7 +163,7 @@ struct AttentionBwdKeys {
         const float2 add = *reinterpret_cast<const float2*>(stage.lines + line[half] * QueryStage<T, D>::kQueries + m);
         float* s = score[0][j] + 2 * half;
         float* d = dp[0][j] + 2 * half;
-        s[0] = exp2_approx(fmaf(s[0], to_powers, add.x)), s[1] = exp2_approx(fmaf(s[1], to_powers, add.y));
+        s[0] = exp2_approx(fmaf(s[0], p.to_powers, add.x)), s[1] = exp2_approx(fmaf(s[1], p.to_powers, add.y));
         d[0] = s[0] * (d[0] - delta.x), d[1] = s[1] * (d[1] - delta.y);
       }
     }

@@ -15,18 +15,18 @@
 
 namespace relpos {
 
-// Of the queries of the whole block: [t and h keys, block rows].
+// Of the queries of the whole block: [lines, block rows].
 struct LineGradients {
   float* data;
   int ld;
 
-  __device__ __forceinline__ float& at(const Shape& s, int a, int key, int row) const {
-    return data[((a == kH ? s.axis[kT].factors() : 0) + key) * ld + row];
-  }
-  __device__ __forceinline__ void add(const AttentionParams& p, int line, int row, float x) const {
-    int h = line;
-    if (p.shape.axis[kT].rows) at(p.shape, kT, p.by_keys_h.divide(line, h), row) += x;
-    at(p.shape, kH, h, row) += x;
+  __device__ __forceinline__ float& at(int line, int row) const { return data[line * ld + row]; }
+  // Of one key of an axis: the sum over the lines that have it.
+  __device__ __forceinline__ float of_axis(const Shape& s, int a, int key, int row) const {
+    const int keys_h = s.axis[kH].keys, step = a == kT ? 1 : keys_h, count = a == kT ? keys_h : s.axis[kT].keys;
+    float sum = 0.f;
+    for (int i = 0, line = a == kT ? key * keys_h : key; i < count; ++i, line += step) sum += at(line, row);
+    return sum;
   }
 };
 
@@ -61,7 +61,6 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
   const Axis& axis = p.shape.axis[a];
   const T* table = static_cast<const T*>(p.table);
   const int lane = threadIdx.x % 32;
-  const float inverse = 1.f / p.scale;
   int low, high;
   strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 16) {
@@ -77,7 +76,7 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
       for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + e / 2 * 8, l = l0 + j * 8 + lane % 4 * 2 + e % 2, c = rows[first + row].of[a];
         const int key = c >= 0 && l <= high ? p.index[axis.inverse + c * axis.rows + l - axis.first_row] : -1;
-        const float x = key >= keys.begin && key < keys.end ? gradient(row, key) * inverse : 0.f;
+        const float x = key >= keys.begin && key < keys.end ? gradient(row, key) * p.inverse_scale : 0.f;
         whole[0][j][e] = to_float(from_float<T>(x));
         rest[0][j][e] = x - whole[0][j][e];
       }
@@ -114,17 +113,20 @@ struct AttentionBwdQueries {
     return lane % 16 < 8 ? upper : lower;
   }
 
-  __device__ __forceinline__ void begin(const Tile<T, D>& q, const LineFactors<T>& lines) {
-    lines.fill(p, rows, q, bias.first, bias.largest);
+  __device__ __forceinline__ void begin(const Tile<T, D>& q, const LineFactors<T>& lines, float* stage) {
+    lines.fill(p, rows, q, bias.first, stage);
     largest_factors<T>(p, kW, rows, q, bias.first, below);
     find_delta<T>(p, block, bias.first, delta);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      bias.largest[half] += below[half] * kLog2e;
       const int m = bias.row(half);
+      const float largest = lines.largest[m] + below[half] * kLog2e;
       const float lse = m < block.count ? p.lse[block.group * p.shape.M() + block.first + m] : INFINITY;
-      offset[half] = bias.largest[half] - lse * kLog2e;
+      offset[half] = largest - lse * kLog2e;
+      __syncwarp();
+      lines.largest[m] = largest;
     }
+    __syncwarp();
   }
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
@@ -159,13 +161,13 @@ struct AttentionBwdQueries {
     const KeySlots slots(p.shape);
     const int64_t queries = padded_queries(p.shape);
     const int count = slots.lines(p.shape), lane = threadIdx.x % 32, row = bias.first + lane % 16;
-    const float all = of_lane(offset), own_largest = of_lane(bias.largest), own_delta = of_lane(delta);
+    const float all = of_lane(offset), own_largest = lines.largest[row], own_delta = of_lane(delta);
     if (block.first + row >= queries) return;
     float* to = p.lines + int64_t{block.group} * (count + 1) * queries + block.first + row;
     for (int i = lane / 16; i <= count; i += 2)
       to[i * queries] = i == count ? own_delta
                         : i < slots.prefix_lines ? all - own_largest
-                                                 : all + lines(p, i - slots.prefix_lines, row);
+                                                 : all + to_float(lines.at(i - slots.prefix_lines, row));
   }
 
   __device__ __forceinline__ void write_columns(const Span& span) const {
@@ -188,7 +190,6 @@ struct AttentionBwdQueries {
                                         const Tile<T, D>& q, const Tile<T, D>& grad, const Tile<T, D>& k,
                                         const Tile<T, D>& v, float (&weight)[1][kPart][4],
                                         float (&dp)[1][kPart][4]) const {
-    const float to_powers = p.scale * kLog2e;
     float line[2];
     bias.start(p, lines, span, tile, begin, weight[0], line);
     add_products(weight, q, bias.first, k, begin * 8);
@@ -196,7 +197,7 @@ struct AttentionBwdQueries {
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], to_powers, line[e / 2] + offset[e / 2]));
+        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], p.to_powers, line[e / 2] + offset[e / 2]));
         dp[0][j][e] = 0.f;
       }
     add_products(dp, grad, bias.first, v, begin * 8);
@@ -230,7 +231,7 @@ struct AttentionBwdQueries {
         for (int i = 0; i < kTogether; ++i) sum += ds[j + i][2 * half] + ds[j + i][2 * half + 1];
         for (int x = 1; x < 4; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
         const int line = ONE_LINE ? tile : tile * p.keys.lines + p.keys.line_of[begin + j];
-        if (threadIdx.x % 4 == 0 && line < p.shape.outer_keys()) dlines.add(p, line, bias.row(half), sum);
+        if (threadIdx.x % 4 == 0) dlines.at(line, bias.row(half)) += sum;
       }
   }
 
@@ -266,7 +267,7 @@ struct AttentionBwdQueries {
     __syncwarp();
     for (int a = kT; a < kW; ++a) {
       if (p.shape.axis[a].rows == 0) continue;
-      const auto gradient = [&](int row, int key) { return dlines.at(p.shape, a, key, bias.first + row); };
+      const auto gradient = [&](int row, int key) { return dlines.of_axis(p.shape, a, key, bias.first + row); };
       if (p.dfactors) write_factors(a, 0, p.shape.axis[a].keys, gradient);
       add_table_products(p, a, {0, p.shape.axis[a].keys}, rows, bias.first, table_rows, dq, gradient);
     }
@@ -293,30 +294,31 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
   const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)}, grad{reinterpret_cast<T*>(shared + at.grad)};
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
-  const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows};
+  const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
+                             reinterpret_cast<float*>(shared + at.largest)};
   const LineGradients dlines{reinterpret_cast<float*>(shared + at.dlines), dlines_ld(p.block_rows)};
   const int warp = threadIdx.x / 32;
-  unsigned char* own = shared + at.keys + warp * 16 * (Warp::Bias::kLd * 4 + Tile<T, D>::kLd * sizeof(T));
+  const int64_t staged = 16 * staged_factors(p.shape, p.keys) * 4;
+  unsigned char* own = shared + at.keys + warp * (staged + 16 * Tile<T, D>::kLd * sizeof(T));
   float* stage = reinterpret_cast<float*>(own);
-  const Tile<T, D> table_rows{reinterpret_cast<T*>(own + 16 * Warp::Bias::kLd * 4)};
+  const Tile<T, D> table_rows{reinterpret_cast<T*>(own + staged)};
 
   const QueryBlock block(p, p.block_rows);
   copy_queries(q, p.block_rows, p, block, p.q);
   copy_queries(grad, p.block_rows, p, block, p.grad);
   cp_async_commit();
   locate_queries(p.shape, block, p.block_rows, rows);
-  const int outer = p.shape.axis[kT].factors() + p.shape.axis[kH].factors();
-  for (int i = threadIdx.x; i < outer * dlines.ld; i += blockDim.x) dlines.data[i] = 0.f;
+  for (int i = threadIdx.x; i < p.keys.padded_lines * dlines.ld; i += blockDim.x) dlines.data[i] = 0.f;
   cp_async_wait<0>();
   __syncthreads();
 
   Warp mine(p, block, rows, warp * 16);
-  mine.begin(q, lines);
+  mine.begin(q, lines, stage);
   const auto for_each_span = [&](auto&& begin_span, auto&& work, auto&& end_span) {
     for (int i = -Span::count_before(p); i < p.keys.spans; ++i) {
       const Span span(p, i);
       __syncthreads();  // the stages may be overwritten
-      mine.bias.fill_columns(p, span, rows, q, mine.below, stage);
+      mine.bias.fill_columns(p, lines, span, rows, q, mine.below, stage);
       begin_span(span);
       keys.for_each_tile(p, block, span, [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
 #pragma unroll

@@ -83,25 +83,24 @@ struct AttentionFwd {
   }
 
   // Strip s; `rows` is a tile of the block's queries, of which the warp takes its own.
-  template <typename Bias>
-  __device__ __forceinline__ void store(const AttentionFwdParams& p, const QueryBlock& block, int s, const Bias& bias,
-                                        const Tile<T, D>& rows) const {
+  __device__ __forceinline__ void store(const AttentionFwdParams& p, const QueryBlock& block, int s, int first,
+                                        const float* largest, const Tile<T, D>& rows) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float total = sum[s][half];
       for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
-      const int m = bias.row(half);
+      const int m = first + lane / 4 + half * 8;
       if (p.lse && lane % 4 == 0 && m < block.count)
         p.lse[block.group * p.shape.M() + block.first + m] =
-            (reference[s][half] + bias.largest[half] + log2f(total)) * kLn2;
+            (reference[s][half] + largest[m] + log2f(total)) * kLn2;
 #pragma unroll
       for (int d = 0; d < D / 8; ++d)
         set_pair(rows.at(m, d * 8 + lane % 4 * 2), out[s][d][2 * half] / total, out[s][d][2 * half + 1] / total);
     }
     __syncwarp();
     T* group = block.rows_of<T>(p.out);
-    store_rows(rows, bias.first, 16, p.shape.D, [&](int m) {
+    store_rows(rows, first, 16, p.shape.D, [&](int m) {
       return m < block.count ? group + static_cast<int64_t>(block.first + m) * p.out.row : nullptr;
     });
   }
@@ -118,9 +117,10 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
   const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)};
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
-  const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows};
+  const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
+                             reinterpret_cast<float*>(shared + at.largest)};
   const int warp = threadIdx.x / 32, first = warp * 16 * kStrips;
-  float* stage = reinterpret_cast<float*>(shared + at.keys) + warp * 16 * Bias::kLd;
+  float* stage = reinterpret_cast<float*>(shared + at.keys) + warp * 16 * staged_factors(p.shape, p.keys);
 
   const QueryBlock block(p, p.block_rows);
   copy_queries(q, p.block_rows, p, block, p.q);
@@ -134,14 +134,13 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
     bias[s].first = first + s * 16;
-    lines.fill(p, rows, q, bias[s].first, bias[s].largest);
+    lines.fill(p, rows, q, bias[s].first, stage);
   }
-  const float to_powers = p.scale * kLog2e;
   for (int i = -Span::count_before(p); i < p.keys.spans; ++i) {
     const Span span(p, i);
     __syncthreads();  // the stages may be overwritten
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) bias[s].fill_columns(p, span, rows, q, kNothing, stage);
+    for (int s = 0; s < kStrips; ++s) bias[s].fill_columns(p, lines, span, rows, q, kNothing, stage);
     keys.for_each_tile(p, block, span, [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
 #pragma unroll
       for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) {
@@ -149,12 +148,12 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
 #pragma unroll
         for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
         add_products(score, q, first, k, begin * 8);
-        mine.absorb(score, line, to_powers, v, begin * 8);
+        mine.absorb(score, line, p.to_powers, v, begin * 8);
       }
     });
   }
 #pragma unroll
-  for (int s = 0; s < kStrips; ++s) mine.store(p, block, s, bias[s], q);
+  for (int s = 0; s < kStrips; ++s) mine.store(p, block, s, first + s * 16, lines.largest, q);
 }
 
 }  // namespace relpos

@@ -86,43 +86,48 @@ __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a,
   }
 }
 
-// Of all queries of a block: [t and h keys, block rows], in powers of two, below that of their largest.
+// Of all queries of a block: [lines, block rows], in powers of two, below that of their largest.
 template <typename T>
 struct LineFactors {
   Factor<T>* data;
   int ld;
+  float* largest;  // [block rows]
 
-  __device__ __forceinline__ Factor<T>& at(const Shape& s, int a, int key, int row) const {
-    return data[((a == kH ? s.axis[kT].factors() : 0) + key) * ld + row];
-  }
-  // Of all keys in a line.
-  __device__ __forceinline__ float operator()(const AttentionParams& p, int line, int row) const {
-    const Shape& s = p.shape;
-    if (s.axis[kT].rows == 0) return to_float(at(s, kH, line, row));
-    int h;
-    const int t = p.by_keys_h.divide(line, h);
-    return to_float(at(s, kT, t, row)) + to_float(at(s, kH, h, row));
-  }
+  __device__ __forceinline__ Factor<T>& at(int line, int row) const { return data[line * ld + row]; }
 
-  // By the warp of that strip. largest: of each of the lane's two queries, the axes summed, in powers of two.
+  // By the warp of that strip; `stage`: its own.
   template <int D>
   __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
-                                       int first, float (&largest)[2]) const {
-    largest[0] = largest[1] = 0.f;
+                                        int first, float* stage) const {
+    const Shape& s = p.shape;
+    const int row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
+    float sum = 0.f;
+#pragma unroll 1
     for (int a = kT; a < kW; ++a) {
-      const Axis& axis = p.shape.axis[a];
+      const Axis& axis = s.axis[a];
+      float* of_axis = stage + (a == kH ? s.axis[kT].factors() * 16 : 0);
       if (axis.rows == 0) continue;
-      float most[2];
-      largest_factors<T>(p, a, rows, q, first, most);
-      strip_factors<T>(p, a, {0, axis.keys}, rows, q, first, [&](int half, int row, int key, float x) {
-        at(p.shape, a, key, first + row) = from_float<Factor<T>>((x - most[half]) * kLog2e);
-      });
-      for (int i = threadIdx.x % 32; i < 16 * axis.keys; i += 32)
-        if (rows[first + i % 16].of[a] < 0) at(p.shape, a, i / 16, first + i % 16) = from_float<Factor<T>>(0.f);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) largest[half] += most[half] * kLog2e;
+      strip_factors<T>(p, a, {0, axis.keys}, rows, q, first,
+                       [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x * kLog2e; });
+      __syncwarp();
+      float most = -INFINITY;
+      const bool biased = rows[first + row].of[a] >= 0;
+      for (int i = part; biased && i < axis.keys; i += 2) most = fmaxf(most, of_axis[i * 16 + row]);
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
+      sum += biased ? most : 0.f;
     }
-    __syncwarp();
+    const float *of_t = stage, *of_h = stage + s.axis[kT].factors() * 16;
+    const bool biased = rows[first + row].of[kH] >= 0, with_t = s.axis[kT].rows != 0;
+    const int keys_h = s.axis[kH].keys, padded = p.keys.padded_lines;
+    int t = part / keys_h, h = part % keys_h;
+    for (int line = part; line < padded + p.keys.lines; line += 2) {
+      float x = line < s.outer_keys() || line >= padded ? 0.f : -INFINITY;
+      if (biased && line < s.outer_keys()) x = of_h[h * 16 + row] + (with_t ? of_t[t * 16 + row] : 0.f) - sum;
+      at(line, first + row) = from_float<Factor<T>>(x);
+      for (h += 2; h >= keys_h; h -= keys_h) ++t;
+    }
+    if (part == 0) largest[first + row] = sum;
+    __syncwarp();  // they are there, and the stage may be overwritten
   }
 };
 
@@ -131,21 +136,20 @@ template <typename T, int BLOCKS, bool ONE_LINE>
 struct StripBias {
   static constexpr int kLd = BLOCKS * 8 + kInnerPad;
   int first;                // query of the block
-  float largest[2];         // what line factors are below, in powers of two
   float column[BLOCKS][4];  // divided by scale; -inf past the span
 
   __device__ __forceinline__ int row(int half) const { return first + threadIdx.x % 32 / 4 + half * 8; }
 
   // Factors less `below`, of each of the lane's two queries. `stage`: 16 rows of the warp's own.
   template <int D>
-  __device__ __forceinline__ void fill_columns(const AttentionParams& p, const Span& span, const Coordinates* rows,
+  __device__ __forceinline__ void fill_columns(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
+                                               const Coordinates* rows,
                                                const Tile<T, D>& q, const float (&below)[2], float* stage) {
     const int lane = threadIdx.x % 32;
-    const float inverse = 1.f / p.scale;
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
       strip_factors<T>(p, kW, keys, rows, q, first, [&](int half, int row, int key, float x) {
-        stage[row * kLd + key - span.first] = (x - below[half]) * inverse;
+        stage[row * kLd + key - span.first] = (x - below[half]) * p.inverse_scale;
       });
       __syncwarp();
     }
@@ -155,16 +159,10 @@ struct StripBias {
       for (int e = 0; e < 4; ++e) {
         const int at = span.column(p.keys, j) + lane % 4 * 2 + e % 2;
         const bool biased = span.of_lines && rows[row(e / 2)].of[kW] >= 0;
-        column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[(row(e / 2) - first) * kLd + at] : 0.f;
+        const float none = span.of_lines ? 0.f : -lines.largest[row(e / 2)] * p.from_powers;
+        column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[(row(e / 2) - first) * kLd + at] : none;
       }
     __syncwarp();  // before the next strip overwrites the stage
-  }
-
-  // What all keys of a line have in common, in powers of two.
-  __device__ __forceinline__ float line_factor(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
-                                               int line, int half) const {
-    if (!span.of_lines) return -largest[half];
-    return line < p.shape.outer_keys() ? lines(p, line, row(half)) : -INFINITY;
   }
 
   // Blocks `begin` .. of a tile: score is what the products with the keys start from, `line` what is to be added to
@@ -172,15 +170,15 @@ struct StripBias {
   template <int PART>
   __device__ __forceinline__ void start(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
                                         int tile, int begin, float (&score)[PART][4], float (&line)[2]) const {
-    const float from_powers = kLn2 / p.scale;
+    const int first_line = span.of_lines ? tile * p.keys.lines : p.keys.padded_lines;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      line[half] = ONE_LINE && kWithBias ? line_factor(p, lines, span, tile, half) : 0.f;
+      line[half] = ONE_LINE && kWithBias ? to_float(lines.at(first_line, row(half))) : 0.f;
 #pragma unroll
       for (int j = 0; j < PART; ++j) {
         float add = 0.f;
         if constexpr (!ONE_LINE && kWithBias)
-          add = line_factor(p, lines, span, tile * p.keys.lines + p.keys.line_of[begin + j], half) * from_powers;
+          add = to_float(lines.at(first_line + p.keys.line_of[begin + j], row(half))) * p.from_powers;
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) score[j][e] = kWithBias ? column[begin + j][e] + add : 0.f;
       }
