@@ -1,8 +1,11 @@
 """Runs tests of the emulated kernels once for every planted bug named on standard input, and prints what became of it.
 
-    python canary_server.py EXPRESSION        (pytest's -k; the library is that of emulator.INSTEAD)
-    7 tests/test_logits.py::test_...          bug 7 was noticed by this test
-    8                                         bug 8 was not
+    python canary_server.py EXPRESSION FILE...     (pytest's -k; the library is that of emulator.INSTEAD)
+
+    7 test_logits.py                               asked: bug 7, with the tests of these files
+    8 test_logits.py test_attention.py
+    7 tests/test_logits.py::test_...               answered: bug 7 was noticed by this test
+    8                                              bug 8 was not
 
 Tests are collected once; every bug gets a fork of that process, so that one may crash, hang or be ended by a sanitizer
 without harm to the next. The test that noticed a bug runs first for the next. Bug 0 is none, and should come first: it
@@ -37,11 +40,13 @@ class RunForEveryBug:
         order = list(range(len(session.items)))
         # Shared with the forks: the seconds of each test, and behind them which one is under way.
         shared = memoryview(mmap.mmap(-1, 8 * (len(order) + 1))).cast("d")
-        for bug in map(int, sys.stdin):
+        for line in sys.stdin:
+            bug, *files = line.split()
             child = os.fork()
             if child == 0:
-                bug_of_library.value = bug
-                os._exit(self.first_failure(session, order, shared))
+                bug_of_library.value = int(bug)
+                asked = [number for number in order if session.items[number].path.name in files]
+                os._exit(self.first_failure(session, asked, shared))
             _, status = os.waitpid(child, 0)
             noticed_by = ""
             if status:
@@ -65,13 +70,13 @@ class RunForEveryBug:
         return 0
 
 
-def main(expression: str) -> int:
+def main(expression: str, *files: str) -> int:
     plugin = RunForEveryBug()
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1), os.dup2(silence, 2)
     options = ["-s", "--tb=no", "--assert=plain", "-p", "no:cacheprovider", "-p", "no:faulthandler"]
-    return pytest.main([*options, "test_logits.py", "-k", expression], plugins=[plugin])
+    return pytest.main([*options, *files, "-k", expression], plugins=[plugin])
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

@@ -1,6 +1,6 @@
 """Where bugs can be planted in the CUDA kernels, and a copy of them that holds every bug at once.
 
-    __syncthreads();        a barrier, a wait          left out
+    __syncthreads();        a barrier, a wait, a copy  left out
     if (a && b < n)         each condition             taken as true, taken as false
     for (...; i < n; ...)   each bound                 one step further
     x[i]                    each index                 one element further; registers and axes are left out
@@ -12,6 +12,8 @@ the one whose number `relpos_planted_bug` holds is there, the others are not. `p
 
 from __future__ import annotations
 
+import functools
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -28,8 +30,12 @@ inline int relpos_planted_bug = 0;
 constexpr bool planted(int bug) { return !__builtin_is_constant_evaluated() && relpos_planted_bug == bug; }
 """
 
-BARRIER = re.compile(r"^ *(?!inline|void)(\w*(?:sync|wait|fence|barrier|arrive)\w*(?:<\w+>)?\(.*\));", re.M)
+# Calls by themselves: what comes before is the end of another statement, or what this one depends on.
+BARRIER = re.compile(
+    r"(?:^|[;{})]|\belse)\s*\b(?P<name>\w*(?:sync|wait|fence|barrier|arrive|commit)\w*)(?:<[^<>;]+>)?\("
+)
 
+OPS = ("logits", "attention")  # what the .cu files begin with, and the tests
 LEFT_OUT = "left out"
 
 # (file below csrc/cuda, a whole operand of the real code, what a slip would make of it)
@@ -73,7 +79,7 @@ class Place:
 
     def choice(self, inside: str, first_bug: int) -> str:
         if self.slips == [LEFT_OUT]:
-            return f"if (!planted({first_bug})) {inside}"
+            return f"(planted({first_bug}) ? void() : static_cast<void>({inside}))"
         if "true" in self.slips:
             inside = f"static_cast<bool>({inside})"
         choices = (f"planted({n}) ? ({slip}) : " for n, slip in enumerate(self.slips, first_bug))
@@ -91,6 +97,21 @@ def bugs() -> list[Bug]:
     return found
 
 
+def ops_of(file: str) -> list[str]:
+    """Those whose kernels have this file below csrc/cuda in them; all, if no #include says so."""
+    roots = {op: [p.name for p in sorted((ROOT / KERNELS).glob(f"{op}*.cu"))] for op in OPS}
+    return [op for op, names in roots.items() if any(file in _included(name) for name in names)] or list(OPS)
+
+
+@functools.cache
+def _included(file: str) -> set[str]:
+    """This file, what it includes, and so on."""
+    path = ROOT / KERNELS / file
+    names = re.findall(r'^#include "(.*\.cuh?)"', path.read_text(), re.M)
+    inner = [os.path.relpath(path.parent / name, ROOT / KERNELS) for name in names]
+    return {file}.union(*(_included(name) for name in inner))
+
+
 def plant(root: Path) -> list[str]:
     """Plants every bug in a copy of csrc and tests/simt below `root`; flags for the compiler."""
     for part in ("csrc", "tests/simt"):
@@ -101,7 +122,7 @@ def plant(root: Path) -> list[str]:
         (root / KERNELS / file).write_text(planted)
     header = root / "planted.h"
     header.write_text(HEADER)
-    return ["-include", str(header)]
+    return ["-include", str(header), "-g0"]  # half the time to compile; nobody reads the reports
 
 
 def _kernel_files(root: Path) -> Iterator[tuple[str, str]]:
@@ -141,11 +162,13 @@ def _places(file: str, text: str) -> list[Place]:
         place.slips += [slip for slip in slips if slip not in place.slips]
 
     for match in BARRIER.finditer(code):
-        add(*match.span(1), LEFT_OUT)
+        end = _closing(code, match.end() - 1) + 1
+        if code[end:].lstrip().startswith(";"):
+            add(match.start("name"), end, LEFT_OUT)
     for begin, end in _conditions(code):
         for atom in _atoms(code, begin, end):
             if not code[slice(*atom)].startswith("sizeof"):
-                add(*atom, "true", "false")
+                add(*atom, *(value for value in ("true", "false") if value != code[slice(*atom)]))
     in_registers = set(re.findall(r"#pragma unroll[ \d]*\n *for \(int (\w+)", text))
     for begin, end in _bounds(code):
         for atom in _atoms(code, begin, end):
@@ -216,8 +239,10 @@ def _conditions(code: str) -> Iterator[tuple[int, int]]:
             yield begin, end
     for match in re.finditer(r"\?", code):
         yield _operand_before(code, match.start()), match.start()
-    for match in re.finditer(r"\bbool \w+ = ", code):
-        yield match.end(), code.index(";", match.end())
+    for match in re.finditer(r"\bbool (?=\w+ = )", code):
+        for begin, end in _split(code, match.end(), code.index(";", match.end()), ","):
+            if name := re.match(r"\s*\w+ = ", code[begin:end]):
+                yield begin + name.end(), end
 
 
 def _bounds(code: str) -> Iterator[tuple[int, int]]:
@@ -234,7 +259,12 @@ def _operand_before(code: str, position: int) -> int:
         is_assignment = code[i] == "=" and code[i - 1] not in "=<>!" and code[i + 1] != "="
         is_colon = code[i] == ":" and ":" not in (code[i - 1], code[i + 1])
         if depth < 0 or (depth == 0 and (code[i] in ",;?{}" or is_assignment or is_colon)):
-            return i + 1 + len(re.match(r"\s*(return\b)?", code[i + 1 :])[0])
+            begin = i + 1
+            while keyword := re.match(r"\s*(return\b|else\b|(if|for|while) (?=\())", code[begin:position]):
+                begin += keyword.end()
+                if keyword[2]:
+                    begin = _closing(code, begin) + 1
+            return begin + len(re.match(r"\s*", code[begin:])[0])
     raise ValueError("a condition has no beginning")
 
 

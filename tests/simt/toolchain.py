@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 # Shared memory holds many types in turn, so type-based alias analysis would be wrong.
-FLAGS = ["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 # A GPU faults on a misaligned vector; a CPU does not mind, so the compiler checks every access.
 FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
 
