@@ -38,6 +38,8 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
   const int line_blocks = t.columns / 8;
   t.lines = t.one_line ? 1 : t.blocks / line_blocks;
   t.padded_lines = round_up(s.outer_keys(), t.lines);
+  t.class_tiles = ceil_div(s.prefix, t.keys());
+  t.staged = std::max(t.keys() + kInnerPad, s.axis[kT].factors() + s.axis[kH].factors());
   for (int j = 0; j < kMaxKeyBlocks; ++j) {
     const bool used = j < t.lines * line_blocks;
     t.line_of[j] = used ? j / line_blocks : 0;

@@ -27,6 +27,8 @@ struct KeyTiling {
   int line_of[kMaxKeyBlocks] = {}, column_of[kMaxKeyBlocks] = {};  // of every block; unused ones are past the span
 
   int padded_lines = 0;   // of all tiles of a span
+  int class_tiles = 0;    // of class tokens, before the lines
+  int staged = 0;         // factors per query that pass through shared memory, floats
 
   RELPOS_HD int keys() const { return blocks * 8; }
 };
@@ -46,6 +48,19 @@ constexpr int kernel_head_dim(int D) {
 // Strips of 16 queries that a warp of the forward takes: two share the keys they read.
 constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 96 ? 2 : 1; }
 
+// Where a block of queries, or of slots of keys, works: first .. first + count - 1 of one group.
+struct BlockPlace {
+  int group, batch, head, first, count;
+};
+// A part of the keys: columns first .. first + columns - 1 of every line; or class tokens, up to a tile of them.
+struct Span {
+  bool of_lines;
+  int first, columns, tiles;
+};
+// Both live in shared memory: in registers they would be in the way of the products for as long as they last.
+constexpr int64_t kPlaceBytes = 32, kSpanBytes = 16;
+static_assert(sizeof(BlockPlace) <= kPlaceBytes && sizeof(Span) <= kSpanBytes);
+
 // Elements from one row of a tile in shared memory to the next.
 RELPOS_HD constexpr int tile_ld(int D, int bytes) { return D + 16 / bytes; }
 
@@ -56,11 +71,6 @@ struct Coordinates {  // of a query; -1: it has no bias
   int of[kAxes];
 };
 
-// Factors on their way into place, of a warp's 16 queries: floats per query.
-RELPOS_HD inline int64_t staged_factors(const Shape& s, const KeyTiling& tiling) {
-  const int columns = tiling.keys() + kInnerPad, outer = s.axis[kT].factors() + s.axis[kH].factors();
-  return columns > outer ? columns : outer;
-}
 // Line factors: those of the lines, -inf for those that fill the last tile, and a tile of zeros for class tokens.
 RELPOS_HD inline int64_t line_factors(const KeyTiling& tiling) { return tiling.padded_lines + tiling.lines; }
 
@@ -71,8 +81,9 @@ struct AttentionFwdShared {
 RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const KeyTiling& tiling, int block_rows, int D,
                                                          int bytes) {
   const int64_t stages = int64_t{2} * kKeyStages * tiling.keys() * tile_ld(D, bytes) * bytes;
-  const int64_t staged = int64_t{block_rows} / strips_of(bytes, D) * staged_factors(s, tiling) * 4;
+  const int64_t staged = int64_t{block_rows} / strips_of(bytes, D) * tiling.staged * 4;
   AttentionFwdShared at{};
+  at.rows = kPlaceBytes + kSpanBytes;
   at.largest = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
   at.q = at.largest + block_rows * 4;
   at.keys = at.q + int64_t{block_rows} * tile_ld(D, bytes) * bytes;
@@ -89,8 +100,9 @@ RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Sh
                                                                         int block_rows, int D, int bytes) {
   const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
   const int64_t stages = 2 * kKeyStages * tiling.keys() * ld;
-  const int64_t staged = block_rows * (staged_factors(s, tiling) * 4 + ld);  // and 16 table rows per warp
+  const int64_t staged = block_rows * (int64_t{tiling.staged} * 4 + ld);  // and 16 table rows per warp
   AttentionBwdQueriesShared at{};
+  at.rows = kPlaceBytes + kSpanBytes;
   at.largest = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
   at.q = at.largest + block_rows * 4;
   at.grad = at.q + block_rows * ld;
@@ -130,6 +142,7 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
   const KeySlots slots(s);
   AttentionBwdKeysShared at{};
+  at.k = kPlaceBytes;
   at.column_blocks = (slots.line < block_keys ? slots.line : block_keys) / 8;
   at.column_ld = 8 * at.column_blocks + (bytes == 2 && at.column_blocks % 2 ? 0 : 16 / bytes);
   const int lines = block_keys / slots.line + 2 + slots.prefix_lines;

@@ -67,19 +67,19 @@ struct QueryStage {
     delta = reinterpret_cast<float*>(begin + at.delta);
   }
 
-  __device__ __forceinline__ void copy(const AttentionBwdParams& p, const QueryBlock& group, const SlotBlock& block,
+  __device__ __forceinline__ void copy(const AttentionBwdParams& p, const BlockPlace& place, const SlotBlock& block,
                                        const AttentionBwdKeysShared& at, int m0) const {
     constexpr int kChunk = kVector<T>;
     const int M = static_cast<int>(p.shape.M());
     const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
-      const T* data = group.rows_of<T>(from);
+      const T* data = rows_of<T>(place, from);
       copy_rows(to, kQueries, p.shape.D, threadIdx.x, blockDim.x, data,
                 [&](int row) { return m0 + row < M ? data + (m0 + row) * from.row : nullptr; });
     };
     copy(q, p.q);
     copy(grad, p.grad);
     const int chunks = at.column_blocks * (8 / kChunk);
-    const Factor<T>* all_columns = static_cast<const Factor<T>*>(p.columns) + int64_t{group.group} * M * block.slots.line;
+    const Factor<T>* all_columns = static_cast<const Factor<T>*>(p.columns) + int64_t{place.group} * M * block.slots.line;
     for (int i = threadIdx.x; i < kQueries * chunks; i += blockDim.x) {
       const int row = i / chunks, chunk = i - row * chunks;
       const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
@@ -89,7 +89,7 @@ struct QueryStage {
     }
     const int64_t queries = padded_queries(p.shape);
     const int all_lines = block.slots.lines(p.shape);
-    const float* group_lines = p.lines + int64_t{group.group} * (all_lines + 1) * queries;
+    const float* group_lines = p.lines + int64_t{place.group} * (all_lines + 1) * queries;
     for (int i = threadIdx.x; i < (block.lines + 1) * (kQueries / 4); i += blockDim.x) {
       const int line = i / (kQueries / 4), m = i % (kQueries / 4) * 4;
       const bool exists = m0 + m < queries, is_delta = line == block.lines;
@@ -173,7 +173,7 @@ struct AttentionBwdKeys {
 
   // Through the warp's own rows of a tile.
   __device__ __forceinline__ void store(const OutRows& to, const float (&d)[1][D / 8][4], float factor,
-                                        const Tile<T, D>& rows, const QueryBlock& group, const SlotBlock& block) const {
+                                        const Tile<T, D>& rows, const BlockPlace& place, const SlotBlock& block) const {
     if (to.data == nullptr) return;
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -183,7 +183,7 @@ struct AttentionBwdKeys {
         set_pair(rows.at(first + lane / 4 + half * 8, i * 8 + lane % 4 * 2), d[0][i][2 * half] * factor,
                  d[0][i][2 * half + 1] * factor);
     __syncwarp();
-    T* data = group.rows_of<T>(to);
+    T* data = rows_of<T>(place, to);
     store_rows(rows, first, 16, p.shape.D, [&](int row) {
       const int n = block.token(p.shape, block.first + row);
       return n >= 0 ? data + n * to.row : nullptr;
@@ -199,10 +199,11 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
   const AttentionBwdKeysShared at = attention_bwd_keys_shared(p.shape, p.block_rows, D, sizeof(T));
   const Tile<T, D> k{reinterpret_cast<T*>(shared + at.k)}, v{reinterpret_cast<T*>(shared + at.v)};
 
-  const QueryBlock group(p, p.block_rows);
-  const SlotBlock block(p, group.first, p.block_rows);
+  BlockPlace place;
+  find_place(p, static_cast<int>(KeySlots(p.shape).count(p.shape)), place);
+  const SlotBlock block(p, place.first, p.block_rows);
   const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
-    const T* data = group.rows_of<T>(from);
+    const T* data = rows_of<T>(place, from);
     copy_rows(to, p.block_rows, p.shape.D, threadIdx.x, blockDim.x, data, [&](int row) {
       const int n = block.token(p.shape, block.first + row);
       return n >= 0 ? data + n * from.row : nullptr;
@@ -217,7 +218,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
     cp_async_wait<0>();
     __syncthreads();  // it is there, and the one before is done with
     if (tile + 1 < tiles)
-      QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, group, block, at, (tile + 1) * kQueries);
+      QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, place, block, at, (tile + 1) * kQueries);
     cp_async_commit();
     if (tile < 0) continue;
     const QueryStage<T, D> stage(shared, at, tile % 2);
@@ -225,8 +226,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
     for (int begin = 0; begin < kQueries; begin += Warp::kPart * 8)
       mine.absorb(stage, at.column_ld, begin, k, v);
   }
-  mine.store(p.dk, mine.dk, p.scale, k, group, block);
-  mine.store(p.dv, mine.dv, 1.f, v, group, block);
+  mine.store(p.dk, mine.dk, p.scale, k, place, block);
+  mine.store(p.dv, mine.dv, 1.f, v, place, block);
 }
 
 }  // namespace relpos

@@ -32,13 +32,13 @@ struct LineGradients {
 
 // <grad[m], out[m]> of the lane's two queries; 0 where there is none.
 template <typename T>
-__device__ __forceinline__ void find_delta(const AttentionBwdParams& p, const QueryBlock& block, int first,
+__device__ __forceinline__ void find_delta(const AttentionBwdParams& p, const BlockPlace& block, int first,
                                            float (&delta)[2]) {
   const int lane = threadIdx.x % 32, row = first + lane / 2;
   float sum = 0.f;
   if (row < block.count) {
-    const T* grad = block.rows_of<T>(p.grad) + static_cast<int64_t>(block.first + row) * p.grad.row;
-    const T* out = block.rows_of<T>(p.out) + static_cast<int64_t>(block.first + row) * p.out.row;
+    const T* grad = rows_of<T>(block, p.grad) + static_cast<int64_t>(block.first + row) * p.grad.row;
+    const T* out = rows_of<T>(block, p.out) + static_cast<int64_t>(block.first + row) * p.out.row;
     for (int d = lane % 2 * kVector<T>; d < p.shape.D; d += 2 * kVector<T>) {
       float x[kVector<T>], y[kVector<T>];
       unpack<T>(*reinterpret_cast<const uint4*>(grad + d), x);
@@ -92,7 +92,7 @@ struct AttentionBwdQueries {
   static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 ? 2 : 4;  // blocks at a time
   using Bias = StripBias<T, BLOCKS, ONE_LINE>;
   const AttentionBwdParams& p;
-  const QueryBlock& block;
+  const BlockPlace& block;
   const Coordinates* rows;
   Bias bias;
   float delta[2], offset[2];  // offset: of the exponent, in powers of two
@@ -100,7 +100,7 @@ struct AttentionBwdQueries {
   float dq[1][D / 8][4] = {};
   float dcolumn[BLOCKS][4] = {};
 
-  __device__ __forceinline__ AttentionBwdQueries(const AttentionBwdParams& p, const QueryBlock& block,
+  __device__ __forceinline__ AttentionBwdQueries(const AttentionBwdParams& p, const BlockPlace& block,
                                                  const Coordinates* rows, int first)
       : p(p), block(block), rows(rows) {
     bias.first = first;
@@ -179,8 +179,8 @@ struct AttentionBwdQueries {
       Factor<T>* to = static_cast<Factor<T>*>(p.columns) + (block.group * p.shape.M() + block.first + m) * ld;
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j)
-        if (span.column(p.keys, j) < span.columns && p.keys.line_of[j] == 0)
-          set_pair(to + span.first + span.column(p.keys, j) + lane % 4 * 2, bias.column[j][2 * half],
+        if (column_of(p.keys, span, j) < span.columns && p.keys.line_of[j] == 0)
+          set_pair(to + span.first + column_of(p.keys, span, j) + lane % 4 * 2, bias.column[j][2 * half],
                    bias.column[j][2 * half + 1]);
     }
   }
@@ -242,7 +242,7 @@ struct AttentionBwdQueries {
     for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int at = span.column(p.keys, j) + lane % 4 * 2 + e % 2, row = lane / 4 + e / 2 * 8;
+        const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2, row = lane / 4 + e / 2 * 8;
         float& to = stage[row * Bias::kLd + at];
         if (at < span.columns) to = p.keys.line_of[j] ? to + dcolumn[j][e] : dcolumn[j][e];
         dcolumn[j][e] = 0.f;
@@ -279,7 +279,7 @@ struct AttentionBwdQueries {
         set_pair(q.at(bias.row(half), d * 8 + threadIdx.x % 4 * 2), dq[0][d][2 * half] * p.scale,
                  dq[0][d][2 * half + 1] * p.scale);
     __syncwarp();
-    T* group = block.rows_of<T>(p.dq);
+    T* group = rows_of<T>(block, p.dq);
     store_rows(q, bias.first, 16, p.shape.D, [&](int m) {
       return m < block.count ? group + static_cast<int64_t>(block.first + m) * p.dq.row : nullptr;
     });
@@ -298,12 +298,14 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
                              reinterpret_cast<float*>(shared + at.largest)};
   const LineGradients dlines{reinterpret_cast<float*>(shared + at.dlines), dlines_ld(p.block_rows)};
   const int warp = threadIdx.x / 32;
-  const int64_t staged = 16 * staged_factors(p.shape, p.keys) * 4;
+  const int64_t staged = int64_t{16} * p.keys.staged * 4;
   unsigned char* own = shared + at.keys + warp * (staged + 16 * Tile<T, D>::kLd * sizeof(T));
   float* stage = reinterpret_cast<float*>(own);
   const Tile<T, D> table_rows{reinterpret_cast<T*>(own + staged)};
 
-  const QueryBlock block(p, p.block_rows);
+  if (threadIdx.x == 0) find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
+  __syncthreads();
+  const BlockPlace& block = *reinterpret_cast<const BlockPlace*>(shared);
   copy_queries(q, p.block_rows, p, block, p.q);
   copy_queries(grad, p.block_rows, p, block, p.grad);
   cp_async_commit();
@@ -314,38 +316,33 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
 
   Warp mine(p, block, rows, warp * 16);
   mine.begin(q, lines, stage);
-  const auto for_each_span = [&](auto&& begin_span, auto&& work, auto&& end_span) {
-    for (int i = -Span::count_before(p); i < p.keys.spans; ++i) {
-      const Span span(p, i);
-      __syncthreads();  // the stages may be overwritten
-      mine.bias.fill_columns(p, lines, span, rows, q, mine.below, stage);
-      begin_span(span);
-      keys.for_each_tile(p, block, span, [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+  Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
+  const auto in_parts = [](auto&& work) {
+    return [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
 #pragma unroll
-        for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) work(span, tile, begin, k, v);
-      });
-      end_span(span);
-    }
+      for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) work(tile, begin, k, v);
+    };
   };
-  const auto nothing = [](const Span&) {};
+  const auto begin_span = [&](const Span&) { mine.bias.fill_columns(p, lines, span, rows, q, mine.below, stage); };
   if constexpr (sizeof(T) == 4) {
-    for_each_span(nothing, [&](const Span& span, int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
+    const auto measure = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
       mine.measure(span, tile, begin, lines, q, grad, k, v);
-    }, nothing);
+    };
+    keys.for_each_tile(p, block, span, begin_span, in_parts(measure), [](const Span&) {});
     mine.use_measured();
   }
   if (p.lines) mine.write_lines(lines);
-  for_each_span(
-      [&](const Span& span) {
-        if (p.columns && span.of_lines) mine.write_columns(span);
-      },
-      [&](const Span& span, int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
-        mine.absorb(span, tile, begin, lines, dlines, q, grad, k, v);
-      },
-      [&](const Span& span) {
-        __syncthreads();  // the stages may be overwritten
-        if (span.of_lines) mine.end_span(span, stage, table_rows);
-      });
+  const auto begin_and_write = [&](const Span&) {
+    begin_span(span);
+    if (p.columns && span.of_lines) mine.write_columns(span);
+  };
+  const auto absorb = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
+    mine.absorb(span, tile, begin, lines, dlines, q, grad, k, v);
+  };
+  const auto end_span = [&](const Span&) {
+    if (span.of_lines) mine.end_span(span, stage, table_rows);
+  };
+  keys.for_each_tile(p, block, span, begin_and_write, in_parts(absorb), end_span);
   mine.end(dlines, table_rows, q);
 }
 

@@ -83,7 +83,7 @@ struct AttentionFwd {
   }
 
   // Strip s; `rows` is a tile of the block's queries, of which the warp takes its own.
-  __device__ __forceinline__ void store(const AttentionFwdParams& p, const QueryBlock& block, int s, int first,
+  __device__ __forceinline__ void store(const AttentionFwdParams& p, const BlockPlace& block, int s, int first,
                                         const float* largest, const Tile<T, D>& rows) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -99,7 +99,7 @@ struct AttentionFwd {
         set_pair(rows.at(m, d * 8 + lane % 4 * 2), out[s][d][2 * half] / total, out[s][d][2 * half + 1] / total);
     }
     __syncwarp();
-    T* group = block.rows_of<T>(p.out);
+    T* group = rows_of<T>(block, p.out);
     store_rows(rows, first, 16, p.shape.D, [&](int m) {
       return m < block.count ? group + static_cast<int64_t>(block.first + m) * p.out.row : nullptr;
     });
@@ -120,9 +120,11 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
                              reinterpret_cast<float*>(shared + at.largest)};
   const int warp = threadIdx.x / 32, first = warp * 16 * kStrips;
-  float* stage = reinterpret_cast<float*>(shared + at.keys) + warp * 16 * staged_factors(p.shape, p.keys);
+  float* stage = reinterpret_cast<float*>(shared + at.keys) + warp * 16 * p.keys.staged;
 
-  const QueryBlock block(p, p.block_rows);
+  if (threadIdx.x == 0) find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
+  __syncthreads();
+  const BlockPlace& block = *reinterpret_cast<const BlockPlace*>(shared);
   copy_queries(q, p.block_rows, p, block, p.q);
   cp_async_commit();
   locate_queries(p.shape, block, p.block_rows, rows);
@@ -136,22 +138,22 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
     bias[s].first = first + s * 16;
     lines.fill(p, rows, q, bias[s].first, stage);
   }
-  for (int i = -Span::count_before(p); i < p.keys.spans; ++i) {
-    const Span span(p, i);
-    __syncthreads();  // the stages may be overwritten
+  Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
+  const auto begin_span = [&](const Span&) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) bias[s].fill_columns(p, lines, span, rows, q, kNothing, stage);
-    keys.for_each_tile(p, block, span, [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+  };
+  const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
 #pragma unroll
-      for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) {
-        float score[kStrips][Warp::kPart][4], line[kStrips][2];
+    for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) {
+      float score[kStrips][Warp::kPart][4], line[kStrips][2];
 #pragma unroll
-        for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
-        add_products(score, q, first, k, begin * 8);
-        mine.absorb(score, line, p.to_powers, v, begin * 8);
-      }
-    });
-  }
+      for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
+      add_products(score, q, first, k, begin * 8);
+      mine.absorb(score, line, p.to_powers, v, begin * 8);
+    }
+  };
+  keys.for_each_tile(p, block, span, begin_span, absorb, [](const Span&) {});
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) mine.store(p, block, s, first + s * 16, lines.largest, q);
 }

@@ -157,7 +157,7 @@ struct StripBias {
     for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int at = span.column(p.keys, j) + lane % 4 * 2 + e % 2;
+        const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2;
         const bool biased = span.of_lines && rows[row(e / 2)].of[kW] >= 0;
         const float none = span.of_lines ? 0.f : -lines.largest[row(e / 2)] * p.from_powers;
         column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[(row(e / 2) - first) * kLd + at] : none;

@@ -10,31 +10,27 @@ constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 template <typename T>
 using Factor = std::conditional_t<sizeof(T) == 2, __half, float>;  // bfloat16 would lose three bits
 
-// Where a block works: queries first .. first + count - 1 of one group.
-struct QueryBlock {
-  int group, first, count;
-  int batch, head;
+// By one thread.
+__device__ __forceinline__ void find_place(const AttentionParams& p, int tokens, BlockPlace& block) {
+  int tile;
+  block.group = p.by_tiles.divide(static_cast<int>(blockIdx.x), tile);
+  block.batch = p.by_heads.divide(block.group, block.head);
+  block.first = tile * p.block_rows;
+  block.count = min(p.block_rows, tokens - block.first);
+}
 
-  __device__ __forceinline__ QueryBlock(const AttentionParams& p, int rows) {
-    int tile;
-    group = p.by_tiles.divide(static_cast<int>(blockIdx.x), tile);
-    batch = p.by_heads.divide(group, head);
-    first = tile * rows;
-    count = min(rows, static_cast<int>(p.shape.M()) - first);
-  }
-  // Row 0 of the group.
-  template <typename T, typename Data>
-  __device__ __forceinline__ auto* rows_of(const TokenRows<Data>& rows) const {
-    const int64_t offset = batch * rows.batch + head * rows.head;
-    if constexpr (std::is_same_v<Data, void*>)
-      return static_cast<T*>(rows.data) + offset;
-    else
-      return static_cast<const T*>(rows.data) + offset;
-  }
-};
+// Token 0 of the block's group.
+template <typename T>
+__device__ __forceinline__ const T* rows_of(const BlockPlace& block, const InRows& rows) {
+  return static_cast<const T*>(rows.data) + block.batch * rows.batch + block.head * rows.head;
+}
+template <typename T>
+__device__ __forceinline__ T* rows_of(const BlockPlace& block, const OutRows& rows) {
+  return static_cast<T*>(rows.data) + block.batch * rows.batch + block.head * rows.head;
+}
 
 // Coordinates of the block's queries; -1 for class tokens, and where there is no query.
-__device__ __forceinline__ void locate_queries(const Shape& s, const QueryBlock& block, int block_rows,
+__device__ __forceinline__ void locate_queries(const Shape& s, const BlockPlace& block, int block_rows,
                                                Coordinates* rows) {
   for (int i = threadIdx.x; i < block_rows; i += blockDim.x) {
     const int token = i < block.count ? block.first + i - s.prefix : -1;
@@ -51,12 +47,12 @@ template <typename T, int D, typename F>
 __device__ __forceinline__ void copy_rows(const Tile<T, D>& to, int rows, int width, int thread, int threads,
                                           const T* some, F&& from) {
   for (int row = thread / 2; row < rows; row += threads / 2) {
-    const T* source = from(row);
+    const T* found = from(row);
+    const T* source = found ? found : some;
 #pragma unroll
     for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
       const int chunk = 2 * i + thread % 2, d = chunk * Tile<T, D>::kChunk;
-      const bool exists = source != nullptr && d < width;
-      cp_async_16(to.chunk(row, chunk), exists ? source + d : some, exists);
+      cp_async_16(to.chunk(row, chunk), source + d, found != nullptr && d < width);
     }
   }
 }
@@ -64,8 +60,8 @@ __device__ __forceinline__ void copy_rows(const Tile<T, D>& to, int rows, int wi
 // Rows first .. first + rows - 1 of one group, zeros from `count` on.
 template <typename T, int D>
 __device__ __forceinline__ void copy_queries(const Tile<T, D>& to, int rows, const AttentionParams& p,
-                                             const QueryBlock& block, const InRows& from) {
-  const T* group = block.rows_of<T>(from);
+                                             const BlockPlace& block, const InRows& from) {
+  const T* group = rows_of<T>(block, from);
   copy_rows(to, rows, p.shape.D, threadIdx.x, blockDim.x, group, [&](int row) {
     return row < block.count ? group + static_cast<int64_t>(block.first + row) * from.row : nullptr;
   });
@@ -88,35 +84,29 @@ __device__ __forceinline__ void store_rows(const Tile<T, D>& from, int first, in
 
 // ---- keys
 
-// One span of the keys: columns first .. first + columns - 1 of every line; before the lines, up to a tile of class
-// tokens at a time, whose span is negative.
-struct Span {
-  bool of_lines;
-  int first, columns, tiles;
-
-  __device__ __forceinline__ static int count_before(const AttentionParams& p) {
-    return ceil_div(p.shape.prefix, p.keys.keys());
-  }
-  __device__ __forceinline__ Span(const AttentionParams& p, int i) : of_lines(i >= 0) {
-    const int all = of_lines ? p.shape.axis[kW].keys : p.shape.prefix;
-    const int each = of_lines ? p.keys.columns : p.keys.keys();
-    first = (of_lines ? i : i + count_before(p)) * each;
-    columns = min(each, all - first);
-    tiles = of_lines ? ceil_div(p.shape.outer_keys(), p.keys.lines) : 1;
-  }
-  // Of block j, counted from `first`.
-  __device__ __forceinline__ int column(const KeyTiling& keys, int j) const {
-    return of_lines ? keys.column_of[j] : 8 * j;
-  }
-};
+// Number i of the spans: those of the lines; before them, from -class_tiles on, those of class tokens.
+__device__ __forceinline__ Span find_span(const AttentionParams& p, int i) {
+  Span span;
+  span.of_lines = i >= 0;
+  const int all = i >= 0 ? p.shape.axis[kW].keys : p.shape.prefix;
+  const int each = i >= 0 ? p.keys.columns : p.keys.keys();
+  span.first = (i >= 0 ? i : i + p.keys.class_tiles) * each;
+  span.columns = min(each, all - span.first);
+  span.tiles = i >= 0 ? p.keys.padded_lines / p.keys.lines : 1;
+  return span;
+}
+// The first column of block j, counted from that of the span.
+__device__ __forceinline__ int column_of(const KeyTiling& keys, const Span& span, int j) {
+  return span.of_lines ? keys.column_of[j] : 8 * j;
+}
 
 // Tile number `tile` of a span: k and v.
 template <typename T, int D>
 __device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>& v, const AttentionParams& p,
-                                          const QueryBlock& block, const Span& span, int tile) {
-  const T *k_group = block.rows_of<T>(p.k), *v_group = block.rows_of<T>(p.v);
+                                          const BlockPlace& block, const Span& span, int tile) {
+  const T *k_group = rows_of<T>(block, p.k), *v_group = rows_of<T>(block, p.v);
   const auto token = [&](int row) {
-    const int j = row / 8, column = span.column(p.keys, j) + row % 8;
+    const int j = row / 8, column = column_of(p.keys, span, j) + row % 8;
     if (column >= span.columns) return -1;
     if (!span.of_lines) return span.first + column;
     const int line = tile * p.keys.lines + p.keys.line_of[j];
@@ -140,16 +130,25 @@ struct KeyStages {
   __device__ __forceinline__ Tile<T, D> get(int tile, int which) const {
     return {data + (tile % kKeyStages * 2 + which) * BLOCKS * 8 * Tile<T, D>::kLd};
   }
-  // work(tile, k, v), by all threads; the first tile may be overwritten.
-  template <typename F>
-  __device__ __forceinline__ void for_each_tile(const AttentionParams& p, const QueryBlock& block, const Span& span,
-                                                F&& work) const {
-    for (int tile = -1; tile < span.tiles; ++tile) {
-      cp_async_wait<0>();
-      __syncthreads();  // it is there, and the one before is done with
-      if (tile + 1 < span.tiles) copy_keys(get(tile + 1, 0), get(tile + 1, 1), p, block, span, tile + 1);
-      cp_async_commit();
-      if (tile >= 0) work(tile, get(tile, 0), get(tile, 1));
+  // For every span: begin(span) while the stages are free, work(tile, k, v) for every tile, end(span) when they are free
+  // again; all by all threads. `span` is in shared memory.
+  template <typename Begin, typename Work, typename End>
+  __device__ __forceinline__ void for_each_tile(const AttentionParams& p, const BlockPlace& block, Span& span,
+                                                Begin&& begin, Work&& work, End&& end) const {
+    for (int i = -p.keys.class_tiles; i < p.keys.spans; ++i) {
+      __syncthreads();  // nobody needs the last span any more
+      if (threadIdx.x == 0) span = find_span(p, i);
+      __syncthreads();  // it is known
+      begin(span);
+      for (int tile = -1; tile < span.tiles; ++tile) {
+        cp_async_wait<0>();
+        __syncthreads();  // the tile is there, and the one before is done with
+        if (tile + 1 < span.tiles) copy_keys(get(tile + 1, 0), get(tile + 1, 1), p, block, span, tile + 1);
+        cp_async_commit();
+        if (tile >= 0) work(tile, get(tile, 0), get(tile, 1));
+      }
+      __syncthreads();  // the last is done with
+      end(span);
     }
   }
 };
