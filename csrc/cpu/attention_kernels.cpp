@@ -33,7 +33,7 @@ struct Int {
 // e^x for x <= 0 or not far above: relative error below 1.1 * 2^-24. Below -87 it stays at 1.6e-38, near enough to
 // nothing to vanish beside the 1 that every softmax holds. Not-a-numbers stay.
 inline Vec<float> exp(Vec<float> x) {
-  x = x < -87.f ? Vec<float>{} - 87.f : x;
+  x = max(Vec<float>{} - 87.f, x);
   const Vec<float> shifted = x * 0x1.715476p+0f + 0x1.8p23f;  // x / log 2, rounded to an integer in the low bits
   const Vec<float> n = shifted - 0x1.8p23f;
   const Vec<float> r = (x - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;  // log 2 in two parts, the first product exact
@@ -72,7 +72,7 @@ inline void for_each_image_row(const ScoreBlock<C>& b, F&& f) {
 inline int64_t short_sum(int64_t n, int64_t keys) { return n + 16 < keys ? n + 16 : keys; }
 
 template <typename C, int VECS>
-void softmax_lanes(const ScoreBlock<C>& b, int64_t lane, C* largest, C* sum, C* shrink) {
+void softmax_lanes(const ScoreBlock<C> b, int64_t lane, C* largest, C* sum, C* shrink) {
   constexpr int L = kLanes<C>;
   Vec<C> most[VECS], before[VECS], total[VECS] = {};
   for (int v = 0; v < VECS; ++v) most[v] = before[v] = load(largest + lane + v * L);
@@ -147,7 +147,7 @@ void normalise(const ScoreBlock<C>& b, int64_t lane, const C* d, Vec<C>* less, V
 }
 
 template <typename C, int VECS, bool WHOLE>
-void gradient_lanes(const ScoreBlock<C>& b, int64_t lane, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner) {
+void gradient_lanes(const ScoreBlock<C> b, int64_t lane, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner) {
   constexpr int L = kLanes<C>;
   Vec<C> less[VECS], mean[VECS];
   for (int v = 0; v < VECS; ++v) less[v] = load(lse + lane + v * L), mean[v] = load(delta + lane + v * L);
