@@ -48,6 +48,12 @@ inline const PairKernels* pair_kernels() {
   return nullptr;
 }
 
+// The same numbers, for either side of a product.
+template <typename E>
+struct Operands {
+  E *along, *across;
+};
+
 template <typename E>
 struct Attention : Problem<Sum<E>> {
   using C = Sum<E>;
@@ -65,18 +71,19 @@ struct Attention : Problem<Sum<E>> {
       this->run.gemm(g);
   }
   static int64_t room(int64_t numbers) { return kPairs ? elements<E>(numbers) : 0; }
-  // Rows of numbers as operands of products: themselves, or pairs made of them in `room`.
-  const E* along(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>& room) const {
-    if constexpr (!kPairs)
-      return numbers;
-    else
-      return pairs->pack(room.get(), nullptr, numbers, ld, rows, columns), room.get();
+  // Rows of numbers as operands of products: themselves, or pairs made of them in these buffers, if not null.
+  Operands<E> operands(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>* along,
+                       const Buffer<E>* across) const {
+    if constexpr (kPairs) {
+      const Operands<E> made = {along ? along->get() : nullptr, across ? across->get() : nullptr};
+      pairs->pack(made.along, made.across, numbers, ld, rows, columns);
+      return made;
+    } else {
+      return {const_cast<E*>(numbers), const_cast<E*>(numbers)};
+    }
   }
   const E* across(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>& room) const {
-    if constexpr (!kPairs)
-      return numbers;
-    else
-      return pairs->pack(nullptr, room.get(), numbers, ld, rows, columns), room.get();
+    return operands(numbers, ld, rows, columns, nullptr, &room).across;
   }
 
   // Rows [tokens of one group, D padded] of k, v and their like.

@@ -44,7 +44,7 @@ struct BackwardScratch : AttentionScratch<E> {
   Buffer<C> grad_rows, dq_rows;          // of a tile, [queries, D padded]
   Buffer<C> grad, dq, d_outer, d_inner;  // of a strip, one query per lane
   Buffer<C> d_scores, lse, delta, block;
-  Buffer<E> grad_pairs, d_pairs, d_across, q_across, grad_across;
+  Buffer<E> grad_along, d_along, d_across, q_across, grad_across;
   BackwardScratch(const Attention<E>& p, int64_t queries)
       : AttentionScratch<E>(p, queries, Keys<E>::kAlong | Keys<E>::kAcross, Keys<E>::kAlong),
         grad_rows(queries * p.d_padded),
@@ -57,8 +57,8 @@ struct BackwardScratch : AttentionScratch<E> {
         lse(kStrip),
         delta(kStrip),
         block(longest_axis(p.shape) * p.d_padded),
-        grad_pairs(p.room(p.d_padded * kStrip)),
-        d_pairs(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
+        grad_along(p.room(p.d_padded * kStrip)),
+        d_along(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
         d_across(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
         q_across(p.room(p.d_padded * kStrip)),
         grad_across(p.room(p.d_padded * kStrip)) {}
@@ -114,7 +114,7 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
   const int64_t lanes = padded<C>(count), ld = p.d_padded;
   const KeyBlocks blocks(s.N());
   const E* q = p.across(mine.q.get(), kStrip, s.D, lanes, mine.q_pairs);
-  const E* grad = p.across(mine.grad.get(), kStrip, s.D, lanes, mine.grad_pairs);
+  const E* grad = p.across(mine.grad.get(), kStrip, s.D, lanes, mine.grad_along);
   const E* q_rows = p.across(mine.tile.q.get() + first * ld, ld, count, ld, mine.q_across);
   const E* grad_rows = p.across(mine.grad_rows.get() + first * ld, ld, count, ld, mine.grad_across);
   std::fill(mine.d_outer.get(), mine.d_outer.get() + s.outer_keys() * kStrip, C{});
@@ -125,15 +125,16 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
     C* d = mine.d_scores.get();
     p.gemm({keys, lanes, elements<E>(s.D), mine.v.along(p, n), elements<E>(ld), 1, grad, kStrip, d, kStrip, false});
     p.steps.gradients(block, d, mine.lse.get(), mine.delta.get(), mine.d_outer.get(), mine.d_inner.get());
-    const auto add_rows = [&](const C* weights, const Buffer<E>& room, const E* rows, C* to) {
-      p.gemm({keys, ld, elements<E>(count), p.along(weights, kStrip, keys, lanes, room), elements<E>(kStrip), 1, rows,
-              ld, to + n * ld, ld, true});
+    const auto add_rows = [&](const E* weights, const E* rows, C* to) {
+      p.gemm({keys, ld, elements<E>(count), weights, elements<E>(kStrip), 1, rows, ld, to + n * ld, ld, true});
     };
-    if (p.to.dv.data) add_rows(block.scores, mine.score_pairs, grad_rows, dv);
-    if (p.to.dk.data) add_rows(d, mine.d_pairs, q_rows, dk);
+    const Operands<E> weights = p.operands(block.scores, kStrip, keys, lanes, &mine.score_pairs, nullptr),
+                      ds = p.operands(d, kStrip, keys, lanes, &mine.d_along, &mine.d_across);
+    if (p.to.dv.data) add_rows(weights.along, grad_rows, dv);
+    if (p.to.dk.data) add_rows(ds.along, q_rows, dk);
     if (p.to.dq.data)
-      p.gemm({s.D, lanes, elements<E>(keys), mine.k.across(p, n), 1, ld,
-              p.across(d, kStrip, keys, lanes, mine.d_across), kStrip, mine.dq.get(), kStrip, n != 0});
+      p.gemm({s.D, lanes, elements<E>(keys), mine.k.across(p, n), 1, ld, ds.across, kStrip, mine.dq.get(), kStrip,
+              n != 0});
   }
 }
 

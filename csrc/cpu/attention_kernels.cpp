@@ -226,6 +226,48 @@ void transpose(C* to, int64_t to_ld, const C* from, int64_t from_ld, int64_t row
   }
 }
 
+#if defined(__AVX512F__)
+// Of two rows whose numbers differ in the bit BIT only: exchanges what lies in columns with and without that bit.
+template <int BIT>
+inline void exchange(Vec<float>& without, Vec<float>& with) {
+  static constexpr auto order = [](bool high) {
+    Words w{};
+    for (uint32_t i = 0; i < 16; ++i)
+      w[i] = ((i & BIT) != 0) == high ? i + (high ? 16 : 0) : (i ^ BIT) + (high ? 0 : 16);
+    return w;
+  };
+  const __m512 a = reinterpret_cast<__m512>(without), b = reinterpret_cast<__m512>(with);
+  without = reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(order(false)), b));
+  with = reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(order(true)), b));
+}
+template <int BIT>
+inline void exchange_all(Vec<float> (&row)[16]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r)
+    if (!(r & BIT)) exchange<BIT>(row[r], row[r | BIT]);
+}
+
+// 16 x 16 at a time, in registers.
+template <>
+void transpose(float* to, int64_t to_ld, const float* from, int64_t from_ld, int64_t rows, int64_t columns,
+               float factor) {
+  for (int64_t r0 = 0; r0 < rows; r0 += 16)
+    for (int64_t c0 = 0; c0 < columns; c0 += 16) {
+      Vec<float> row[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r)
+        row[r] = r0 + r < rows ? factor * load(from + (r0 + r) * from_ld + c0) : Vec<float>{};
+      exchange_all<1>(row);
+      exchange_all<2>(row);
+      exchange_all<4>(row);
+      exchange_all<8>(row);
+#pragma GCC unroll 16
+      for (int c = 0; c < 16; ++c)
+        if (c0 + c < columns) store(to + (c0 + c) * to_ld + r0, row[c]);
+    }
+}
+#endif
+
 }  // namespace
 
 extern const AttentionKernels<float> kAttentionFloat;
