@@ -69,8 +69,6 @@ template <typename E, typename C = Sum<E>>
 void load_statistics(const Backward<E>& p, const QueryTile& tile, int64_t first, int64_t count,
                      const BackwardScratch<E>& mine) {
   const Shape& s = p.shape;
-  std::fill(mine.lse.get(), mine.lse.get() + kStrip, C{});  // what lanes beyond count hold may meet a zero in a pair
-  std::fill(mine.delta.get(), mine.delta.get() + kStrip, C{});
   const C* grad = mine.grad_rows.get() + first * p.d_padded;
   C* out = mine.dq_rows.get() + first * p.d_padded;  // dq of these queries is not there yet
   for (int64_t i = 0; i < count; ++i) {
@@ -128,8 +126,8 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
     const auto add_rows = [&](const E* weights, const E* rows, C* to) {
       p.gemm({keys, ld, elements<E>(count), weights, elements<E>(kStrip), 1, rows, ld, to + n * ld, ld, true});
     };
-    const Operands<E> weights = p.operands(block.scores, kStrip, keys, lanes, &mine.score_pairs, nullptr),
-                      ds = p.operands(d, kStrip, keys, lanes, &mine.d_along, &mine.d_across);
+    const Operands<E> weights = p.operands(block.scores, kStrip, keys, count, &mine.score_pairs, nullptr),
+                      ds = p.operands(d, kStrip, keys, count, &mine.d_along, &mine.d_across);
     if (p.to.dv.data) add_rows(weights.along, grad_rows, dv);
     if (p.to.dk.data) add_rows(ds.along, q_rows, dk);
     if (p.to.dq.data)

@@ -19,8 +19,9 @@ void pack(Pair* along, Pair* across, const float* from, int64_t ld, int64_t rows
   for (int64_t r = 0; r < rows; r += 2) {
     const bool odd = r + 1 == rows;
     for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const __m512 first = _mm512_loadu_ps(from + r * ld + c);
-      const __m512 second = odd ? _mm512_setzero_ps() : _mm512_loadu_ps(from + (r + 1) * ld + c);
+      const __mmask16 valid = columns - c < kLanes<float> ? first_lanes(columns - c) : 0xffff;
+      const __m512 first = _mm512_maskz_loadu_ps(valid, from + r * ld + c);
+      const __m512 second = _mm512_maskz_loadu_ps(odd ? 0 : valid, from + (r + 1) * ld + c);
       const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
       if (across) _mm512_storeu_si512(across + r / 2 * ld + c, interleave(both));
       if (!along) continue;

@@ -15,8 +15,8 @@ namespace relpos {
 
 struct PairKernels {
   void (*gemm)(const Gemm<Pair>&);
-  // Numbers rounded to bfloat16, paired in either way or, where the pointer is null, not. An odd last row is paired
-  // with zeros. Columns are whole vectors.
+  // Numbers rounded to bfloat16, paired in either way or, where the pointer is null, not. What is beyond the last row
+  // of a pair or the last column of a vector is taken for zero: in a product, it may meet an infinity.
   void (*pack)(Pair* along, Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns);
 };
 
