@@ -12,7 +12,8 @@
 //        dk, dv of part 0        of part 1
 //
 //   memory   beside what the forward holds, dp [block, kStrip] and dq of a strip; dk and dv of a task in the
-//            compute type. With several parts per group those of all tasks are kept until they are added.
+//            compute type. With several parts per group those of all tasks are kept until they are added. Where
+//            products are of pairs: the operands of a strip and a block, packed.
 //   order    parts depend on the sizes of the problem only, and are added in order; table gradients are summed
 //            in fixed slices of tasks. The number of threads changes nothing.
 #include <torch/csrc/stable/library.h>
@@ -44,7 +45,7 @@ struct BackwardScratch : AttentionScratch<E> {
   Buffer<C> grad_rows, dq_rows;          // of a tile, [queries, D padded]
   Buffer<C> grad, dq, d_outer, d_inner;  // of a strip, one query per lane
   Buffer<C> d_scores, lse, delta, block;
-  Buffer<E> grad_along, d_along, d_across, q_across, grad_across;
+  Buffer<E> grad_pairs, d_along, d_across, q_across, grad_across;  // operands, where those are pairs
   BackwardScratch(const Attention<E>& p, int64_t queries)
       : AttentionScratch<E>(p, queries, Keys<E>::kAlong | Keys<E>::kAcross, Keys<E>::kAlong),
         grad_rows(queries * p.d_padded),
@@ -57,7 +58,7 @@ struct BackwardScratch : AttentionScratch<E> {
         lse(kStrip),
         delta(kStrip),
         block(longest_axis(p.shape) * p.d_padded),
-        grad_along(p.room(p.d_padded * kStrip)),
+        grad_pairs(p.room(p.d_padded * kStrip)),
         d_along(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
         d_across(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
         q_across(p.room(p.d_padded * kStrip)),
@@ -112,7 +113,7 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
   const int64_t lanes = padded<C>(count), ld = p.d_padded;
   const KeyBlocks blocks(s.N());
   const E* q = p.across(mine.q.get(), kStrip, s.D, lanes, mine.q_pairs);
-  const E* grad = p.across(mine.grad.get(), kStrip, s.D, lanes, mine.grad_along);
+  const E* grad = p.across(mine.grad.get(), kStrip, s.D, lanes, mine.grad_pairs);
   const E* q_rows = p.across(mine.tile.q.get() + first * ld, ld, count, ld, mine.q_across);
   const E* grad_rows = p.across(mine.grad_rows.get() + first * ld, ld, count, ld, mine.grad_across);
   std::fill(mine.d_outer.get(), mine.d_outer.get() + s.outer_keys() * kStrip, C{});

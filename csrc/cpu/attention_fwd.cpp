@@ -13,7 +13,7 @@
 //      +--------------+   out   [D, 64]                                 s     | ..            |
 //
 //   memory   scores, factors, q and out of a strip stay in L2; k and v of the group are copied once per thread
-//            and group, as rows in the compute type, and read by every strip.
+//            and group, as operands of products, and read by every strip.
 //   order    blocks of keys one after another, with the softmax of FlashAttention: what is there shrinks by
 //            e^(largest before - largest now). Everything of one tile is done by one thread.
 #include <torch/csrc/stable/library.h>

@@ -71,6 +71,7 @@ inline void for_each_image_row(const ScoreBlock<C>& b, F&& f) {
 // Sums of many keys are sums of short sums: they lose less.
 inline int64_t short_sum(int64_t n, int64_t keys) { return n + 16 < keys ? n + 16 : keys; }
 
+// Blocks come by value: what is stored cannot be part of them, so they are not read again after every store.
 template <typename C, int VECS>
 void softmax_lanes(const ScoreBlock<C> b, int64_t lane, C* largest, C* sum, C* shrink) {
   constexpr int L = kLanes<C>;
