@@ -101,9 +101,9 @@ CXXFLAGS = Variable("RELPOS_CUDA_CXXFLAGS", "", "More flags for the C++ compiler
 NVCCFLAGS = Variable("RELPOS_CUDA_NVCCFLAGS", "", "More flags for nvcc.", _words)
 CPU_ISA = Variable(
     "RELPOS_CUDA_CPU_ISA",
-    "avx512",
-    "The most that CPU kernels may use: `baseline`, `avx2`, `avx512`.",  # read by csrc/cpu, listed here
-    _one_of("baseline", "avx2", "avx512"),
+    "avx512_bf16",
+    "The most that CPU kernels may use: `baseline`, `avx2`, `avx512`, `avx512_bf16`.",  # read by csrc/cpu, listed here
+    _one_of("baseline", "avx2", "avx512", "avx512_bf16"),
     "the best the processor has",
 )
 ARCH_LIST = Variable(

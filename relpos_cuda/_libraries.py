@@ -27,6 +27,7 @@ KINDS = tuple(FILENAMES)
 PLAN_SOURCES = ("plan.cpp", "plan_attention.cpp", "plan_bindings.cpp")
 CPU_SOURCES = ("cpu/logits.cpp", "cpu/attention_fwd.cpp", "cpu/attention_bwd.cpp")
 CPU_KERNELS = ("cpu/logits_kernels.cpp", "cpu/attention_kernels.cpp")  # once per instruction set
+CPU_PAIR_KERNELS = ("cpu/pair_kernels.cpp",)  # for processors with AVX-512-BF16
 CUDA_SOURCES = ("cuda/attention.cu", "cuda/logits.cu", "cuda/table_grad.cu")
 CUDA_KERNELS = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu")  # once per dtype
 CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
@@ -42,6 +43,7 @@ _X86_ISAS = {
         "-mprefer-vector-width=512",
     ),
 }
+_PAIRS = (*_X86_ISAS["avx512"], "-mavx512bf16")
 _OTHER_ISAS: dict[str, tuple[str, ...]] = {"baseline": ()}
 
 
@@ -130,6 +132,9 @@ def _cpu() -> Library:
     for name in CPU_KERNELS:
         for isa, flags in isas.items():
             units.append(Unit(csrc() / name, (*common, *_KERNEL_MATH, f"-DRELPOS_ISA={isa}", *flags), isa))
+    for name in CPU_PAIR_KERNELS if x86 else ():
+        flags = (*common, *_KERNEL_MATH, "-DRELPOS_ISA=avx512_bf16", *_PAIRS)
+        units.append(Unit(csrc() / name, flags, "avx512_bf16"))
     return Library(
         title="the CPU kernels",
         filename=FILENAMES["cpu"],

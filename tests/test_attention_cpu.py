@@ -208,6 +208,20 @@ def test_large_logits(problem: Problem, size: float):
     assert all(t.isfinite().all() for t in got)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_logits_of_a_key(dtype: torch.dtype):
+    """A strip of one query: what is beside it in its vector is no number, and must stay there."""
+    p = same("one_more_than_a_strip", 5, 13, 16, batch=4)
+    inputs = draw(p, dtype)
+    inputs.q[..., 0] = inputs.q[..., 0].abs() + 1
+    inputs.k[..., 7, 0] = -float("inf")
+    for table in inputs.tables:
+        table[:, 0] = 0
+    exact, rival, got = formula(p, inputs, torch.float64), formula(p, inputs, dtype), ops(p, inputs, dtype)
+    for i in (0, 3):  # 0 * inf is in the others
+        assert_close_as_eager(got[i], rival[i], exact[i], NAMES[i])
+
+
 def test_infinite_logits():
     """A key whose logit is -inf has no part in the result; one query with a NaN spoils no other."""
     p = same("ends", 5, 13, 16, heads=1)

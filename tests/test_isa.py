@@ -16,11 +16,13 @@ import relpos_cuda
 import test_logits
 from relpos_cuda import _loader
 
-ISAS = ["baseline", "avx2", "avx512"]
+ISAS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 
 
 def has(isa: str) -> bool:
     capability = torch.backends.cpu.get_cpu_capability()
+    if isa == "avx512_bf16":
+        return capability == "AVX512" and "avx512_bf16" in Path("/proc/cpuinfo").read_text()
     return isa == "baseline" or capability == "AVX512" or (isa == "avx2" and capability == "AVX2")
 
 

@@ -3,6 +3,7 @@
 //   a task       (group, tile of queries): the lines and columns of factors.h, or some of the class tokens
 //   a strip      at most kStrip queries of a tile, transposed: one query per lane
 //   a block      neighbouring keys, all or at most kBlockKeys; image rows may begin and end within it
+//   an element   E, what products multiply: a number, or a pair of bfloat16 (pair_kernels.h); C is what sums are in
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,6 +11,7 @@
 
 #include "attention_kernels.h"
 #include "factors.h"
+#include "pair_kernels.h"
 
 namespace relpos {
 
@@ -39,11 +41,50 @@ struct Rows {
 // Tensor `name` must be like q but for its number of tokens.
 Rows rows_like(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens);
 
-template <typename C>
-struct Attention : Problem<C> {
+inline const PairKernels* pair_kernels() {
+#ifdef RELPOS_HAVE_X86_ISAS
+  if (has_pairs()) return &avx512_bf16::kPairs;
+#endif
+  return nullptr;
+}
+
+// The same numbers, for either side of a product.
+template <typename E>
+struct Operands {
+  E *along, *across;
+};
+
+template <typename E>
+struct Attention : Problem<Sum<E>> {
+  using C = Sum<E>;
+  static constexpr bool kPairs = kNumbers<E> == 2;
+
   C scale;
   Rows k, v;
   const AttentionKernels<C>& steps = attention_kernels<C>();
+  const PairKernels* pairs = pair_kernels();
+
+  void gemm(const Gemm<E>& g) const {
+    if constexpr (kPairs)
+      pairs->gemm(g);
+    else
+      this->run.gemm(g);
+  }
+  static int64_t room(int64_t numbers) { return kPairs ? elements<E>(numbers) : 0; }
+  // Rows of numbers as operands of products: themselves, or pairs made of them in these buffers, if not null.
+  Operands<E> operands(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>* along,
+                       const Buffer<E>* across) const {
+    if constexpr (kPairs) {
+      const Operands<E> made = {along ? along->get() : nullptr, across ? across->get() : nullptr};
+      pairs->pack(made.along, made.across, numbers, ld, rows, columns);
+      return made;
+    } else {
+      return {const_cast<E*>(numbers), const_cast<E*>(numbers)};
+    }
+  }
+  const E* across(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>& room) const {
+    return operands(numbers, ld, rows, columns, nullptr, &room).across;
+  }
 
   // Rows [tokens of one group, D padded] of k, v and their like.
   void load_rows(const Rows& from, int64_t group, int64_t first, int64_t count, C* to) const {
@@ -56,6 +97,50 @@ struct Attention : Problem<C> {
   }
 };
 
+// Calls f(E{}) for the elements that products of tensors like q are made of.
+template <typename F>
+void with_element(const Tensor& q, F&& f) {
+  if (q.scalar_type() == ScalarType::Double) return f(double{});
+  if (q.scalar_type() == ScalarType::BFloat16 && pair_kernels()) return f(Pair{});
+  f(float{});
+}
+
+// k or v of one group, [tokens, D padded], as operands of products.
+template <typename E>
+class Keys {
+ public:
+  enum Use { kAlong = 1, kAcross = 2 };
+
+  Keys(const Attention<E>& p, int use)
+      : along_(!kPairs || use & kAlong ? p.shape.N() * p.d_padded / kNumbers<E> : 0),
+        across_(kPairs && use & kAcross ? elements<E>(p.shape.N()) * p.d_padded : 0),
+        two_rows_(kPairs ? 2 * p.d_padded : 0),
+        use_(use) {}
+  const E* along(const Attention<E>& p, int64_t first) const { return along_.get() + first * p.d_padded / kNumbers<E>; }
+  const E* across(const Attention<E>& p, int64_t first) const {
+    return (kPairs ? across_ : along_).get() + first / kNumbers<E> * p.d_padded;
+  }
+  void load(const Attention<E>& p, const Rows& from, int64_t group) const {
+    const int64_t tokens = p.shape.N();
+    if constexpr (!kPairs) {
+      p.load_rows(from, group, 0, tokens, along_.get());
+    } else {
+      for (int64_t i = 0; i < tokens; i += 2) {
+        const int64_t count = std::min<int64_t>(2, tokens - i), at = i * p.d_padded / 2;
+        p.load_rows(from, group, i, count, two_rows_.get());
+        p.pairs->pack(use_ & kAlong ? along_.get() + at : nullptr, use_ & kAcross ? across_.get() + at : nullptr,
+                      two_rows_.get(), p.d_padded, count, p.d_padded);
+      }
+    }
+  }
+
+ private:
+  static constexpr bool kPairs = kNumbers<E> == 2;
+  Buffer<E> along_, across_;
+  Buffer<Sum<E>> two_rows_;
+  int use_;
+};
+
 // ---- tasks
 struct QueryTile {
   Tile grid;  // where `biased`
@@ -63,8 +148,8 @@ struct QueryTile {
   int64_t first = 0;  // token, where not
   bool biased = true;
 
-  template <typename C>
-  int64_t token(const Attention<C>& p, int64_t i) const {
+  template <typename E>
+  int64_t token(const Attention<E>& p, int64_t i) const {
     return biased ? p.query(grid, i) : first + i;
   }
 };
@@ -89,52 +174,56 @@ class QueryTiles {
   int64_t prefix_, grid_tiles_, class_tiles_;
 };
 
-// Blocks of keys: one where possible, else as few as the limit allows and as even as possible.
+// Blocks of keys: one where possible, else as few as the limit allows and as equal as possible. Whole pairs of keys.
 struct KeyBlocks {
   int64_t keys, count, size;
   explicit KeyBlocks(int64_t n)
-      : keys(n), count(n <= kWholeKeys ? 1 : ceil_div(n, kBlockKeys)), size(ceil_div(n, count)) {}
+      : keys(n), count(n <= kWholeKeys ? 1 : ceil_div(n, kBlockKeys)), size(2 * ceil_div(n, 2 * count)) {}
   int64_t length(int64_t first) const { return std::min(size, keys - first); }
 };
 
 // ---- work memory of one thread
-template <typename C>
+template <typename E>
 struct AttentionScratch {
+  using C = Sum<E>;
   Scratch<C> tile;                 // q rows and factors of a tile
-  Buffer<C> k, v;                  // [keys, D padded] of one group
+  Keys<E> k, v;                    // of one group
   Buffer<C> q, outer, inner, h_t;  // of a strip: [D, kStrip], factors [.., kStrip]; h_t only beside a t axis
   Buffer<C> scores;                // [block, kStrip]
+  Buffer<E> q_pairs, score_pairs;  // the same as operands, where those are pairs
   int64_t loaded = -1;             // the group that k and v hold
 
-  AttentionScratch(const Attention<C>& p, int64_t queries)
+  AttentionScratch(const Attention<E>& p, int64_t queries, int use_of_k, int use_of_v)
       : tile(p, queries),
-        k(p.shape.N() * p.d_padded),
-        v(p.shape.N() * p.d_padded),
+        k(p, use_of_k),
+        v(p, use_of_v),
         q(p.d_padded * kStrip),
         outer(p.shape.outer_keys() * kStrip),
         inner(p.shape.axis[kW].keys * kStrip),
         h_t(p.shape.axis[kT].rows ? (p.shape.axis[kT].keys + p.shape.axis[kH].keys) * kStrip : 0),
-        scores(KeyBlocks(p.shape.N()).size * kStrip) {}
+        scores(KeyBlocks(p.shape.N()).size * kStrip),
+        q_pairs(p.room(p.d_padded * kStrip)),
+        score_pairs(p.room(KeyBlocks(p.shape.N()).size * kStrip)) {}
 
-  void load_group(const Attention<C>& p, int64_t group) {
+  void load_group(const Attention<E>& p, int64_t group) {
     if (loaded == group) return;
-    p.load_rows(p.k, group, 0, p.shape.N(), k.get());
-    p.load_rows(p.v, group, 0, p.shape.N(), v.get());
+    k.load(p, p.k, group);
+    v.load(p, p.v, group);
     loaded = group;
   }
 };
 
-template <typename C>
-void load_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C>* axes, const AttentionScratch<C>& mine) {
+template <typename E, typename C = Sum<E>>
+void load_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C>* axes, const AttentionScratch<E>& mine) {
   for (int64_t i = 0; i < tile.count; ++i)
     p.run.load(mine.tile.q.get() + i * p.d_padded, p.q_row(tile.group, tile.token(p, i)), p.q_dtype, p.shape.D);
   if (tile.biased) compute_factors(p, tile.grid, axes, mine.tile);
 }
 
 // Queries first .. first + count of a tile, and their factors, one query per lane.
-template <typename C>
-void load_strip(const Attention<C>& p, const QueryTile& tile, int64_t first, int64_t count,
-                const AttentionScratch<C>& mine) {
+template <typename E, typename C = Sum<E>>
+void load_strip(const Attention<E>& p, const QueryTile& tile, int64_t first, int64_t count,
+                const AttentionScratch<E>& mine) {
   const Shape& s = p.shape;
   const int64_t keys_t = s.axis[kT].keys, keys_h = s.axis[kH].keys, keys_w = s.axis[kW].keys;
   C *outer = mine.outer.get(), *inner = mine.inner.get();
@@ -155,13 +244,13 @@ void load_strip(const Attention<C>& p, const QueryTile& tile, int64_t first, int
       outer[o * kStrip + i] = t[o / keys_h * kStrip + i] + h[o % keys_h * kStrip + i];
 }
 
-// The scores <q, k> of a strip and the keys first .. first + keys.
-template <typename C>
-ScoreBlock<C> score_block(const Attention<C>& p, int64_t first, int64_t keys, int64_t lanes,
-                          const AttentionScratch<C>& mine) {
+// The scores <q, k> of a strip and the keys first .. first + keys. `q` is an operand, [D, kStrip].
+template <typename E, typename C = Sum<E>>
+ScoreBlock<C> score_block(const Attention<E>& p, int64_t first, int64_t keys, int64_t lanes, const E* q,
+                          const AttentionScratch<E>& mine) {
   const int64_t prefix = std::clamp<int64_t>(p.shape.prefix - first, 0, keys);
-  p.run.gemm({keys, lanes, p.shape.D, mine.k.get() + first * p.d_padded, p.d_padded, 1, mine.q.get(), kStrip,
-              mine.scores.get(), kStrip, false});
+  p.gemm({keys, lanes, elements<E>(p.shape.D), mine.k.along(p, first), elements<E>(p.d_padded), 1, q, kStrip,
+          mine.scores.get(), kStrip, false});
   ScoreBlock<C> block;
   block.scores = mine.scores.get();
   block.outer = mine.outer.get();

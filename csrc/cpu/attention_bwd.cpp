@@ -12,7 +12,8 @@
 //        dk, dv of part 0        of part 1
 //
 //   memory   beside what the forward holds, dp [block, kStrip] and dq of a strip; dk and dv of a task in the
-//            compute type. With several parts per group those of all tasks are kept until they are added.
+//            compute type. With several parts per group those of all tasks are kept until they are added. Where
+//            products are of pairs: the operands of a strip and a block, packed.
 //   order    parts depend on the sizes of the problem only, and are added in order; table gradients are summed
 //            in fixed slices of tasks. The number of threads changes nothing.
 #include <torch/csrc/stable/library.h>
@@ -31,20 +32,22 @@ struct Gradients {
   bool table = false;
 };
 
-template <typename C>
-struct Backward : Attention<C> {
+template <typename E>
+struct Backward : Attention<E> {
   Rows out, grad;
-  const C* lse;
+  const Sum<E>* lse;
   Gradients to;
 };
 
-template <typename C>
-struct BackwardScratch : AttentionScratch<C> {
+template <typename E>
+struct BackwardScratch : AttentionScratch<E> {
+  using C = Sum<E>;
   Buffer<C> grad_rows, dq_rows;          // of a tile, [queries, D padded]
   Buffer<C> grad, dq, d_outer, d_inner;  // of a strip, one query per lane
   Buffer<C> d_scores, lse, delta, block;
-  BackwardScratch(const Attention<C>& p, int64_t queries)
-      : AttentionScratch<C>(p, queries),
+  Buffer<E> grad_pairs, d_along, d_across, q_across, grad_across;  // operands, where those are pairs
+  BackwardScratch(const Attention<E>& p, int64_t queries)
+      : AttentionScratch<E>(p, queries, Keys<E>::kAlong | Keys<E>::kAcross, Keys<E>::kAlong),
         grad_rows(queries * p.d_padded),
         dq_rows(queries * p.d_padded),
         grad(p.d_padded * kStrip),
@@ -54,13 +57,18 @@ struct BackwardScratch : AttentionScratch<C> {
         d_scores(KeyBlocks(p.shape.N()).size * kStrip),
         lse(kStrip),
         delta(kStrip),
-        block(longest_axis(p.shape) * p.d_padded) {}
+        block(longest_axis(p.shape) * p.d_padded),
+        grad_pairs(p.room(p.d_padded * kStrip)),
+        d_along(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
+        d_across(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
+        q_across(p.room(p.d_padded * kStrip)),
+        grad_across(p.room(p.d_padded * kStrip)) {}
 };
 
 // lse and delta of a strip; grad, one query per lane.
-template <typename C>
-void load_statistics(const Backward<C>& p, const QueryTile& tile, int64_t first, int64_t count,
-                     const BackwardScratch<C>& mine) {
+template <typename E, typename C = Sum<E>>
+void load_statistics(const Backward<E>& p, const QueryTile& tile, int64_t first, int64_t count,
+                     const BackwardScratch<E>& mine) {
   const Shape& s = p.shape;
   const C* grad = mine.grad_rows.get() + first * p.d_padded;
   C* out = mine.dq_rows.get() + first * p.d_padded;  // dq of these queries is not there yet
@@ -77,8 +85,8 @@ void load_statistics(const Backward<C>& p, const QueryTile& tile, int64_t first,
 }
 
 // Factor gradients of a strip to rows of the tile, where the products of factors.h read them.
-template <typename C>
-void store_factor_gradients(const Attention<C>& p, int64_t first, int64_t count, const BackwardScratch<C>& mine) {
+template <typename E, typename C = Sum<E>>
+void store_factor_gradients(const Attention<E>& p, int64_t first, int64_t count, const BackwardScratch<E>& mine) {
   const Shape& s = p.shape;
   const int64_t keys_t = s.axis[kT].keys, keys_h = s.axis[kH].keys;
   const Scratch<C>& tile = mine.tile;
@@ -99,34 +107,39 @@ void store_factor_gradients(const Attention<C>& p, int64_t first, int64_t count,
   p.steps.transpose(tile.h.get() + first * p.h_ld, p.h_ld, h, kStrip, keys_h, count, C{1});
 }
 
-template <typename C>
-void strip_gradients(const Backward<C>& p, int64_t first, int64_t count, const BackwardScratch<C>& mine, C* dk, C* dv) {
+template <typename E, typename C = Sum<E>>
+void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const BackwardScratch<E>& mine, C* dk, C* dv) {
   const Shape& s = p.shape;
-  const int64_t lanes = padded<C>(count);
+  const int64_t lanes = padded<C>(count), ld = p.d_padded;
   const KeyBlocks blocks(s.N());
+  const E* q = p.across(mine.q.get(), kStrip, s.D, lanes, mine.q_pairs);
+  const E* grad = p.across(mine.grad.get(), kStrip, s.D, lanes, mine.grad_pairs);
+  const E* q_rows = p.across(mine.tile.q.get() + first * ld, ld, count, ld, mine.q_across);
+  const E* grad_rows = p.across(mine.grad_rows.get() + first * ld, ld, count, ld, mine.grad_across);
   std::fill(mine.d_outer.get(), mine.d_outer.get() + s.outer_keys() * kStrip, C{});
   std::fill(mine.d_inner.get(), mine.d_inner.get() + s.axis[kW].keys * kStrip, C{});
   for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
-    const int64_t keys = blocks.length(n), at = n * p.d_padded;
-    const ScoreBlock<C> block = score_block(p, n, keys, lanes, mine);
+    const int64_t keys = blocks.length(n);
+    const ScoreBlock<C> block = score_block(p, n, keys, lanes, q, mine);
     C* d = mine.d_scores.get();
-    p.run.gemm({keys, lanes, s.D, mine.v.get() + at, p.d_padded, 1, mine.grad.get(), kStrip, d, kStrip, false});
+    p.gemm({keys, lanes, elements<E>(s.D), mine.v.along(p, n), elements<E>(ld), 1, grad, kStrip, d, kStrip, false});
     p.steps.gradients(block, d, mine.lse.get(), mine.delta.get(), mine.d_outer.get(), mine.d_inner.get());
-    const auto add_rows = [&](const C* weights, const C* rows, C* to) {
-      p.run.gemm({keys, p.d_padded, count, weights, kStrip, 1, rows + first * p.d_padded, p.d_padded, to + at,
-                  p.d_padded, true});
+    const auto add_rows = [&](const E* weights, const E* rows, C* to) {
+      p.gemm({keys, ld, elements<E>(count), weights, elements<E>(kStrip), 1, rows, ld, to + n * ld, ld, true});
     };
-    if (p.to.dv.data) add_rows(block.scores, mine.grad_rows.get(), dv);
-    if (p.to.dk.data) add_rows(d, mine.tile.q.get(), dk);
+    const Operands<E> weights = p.operands(block.scores, kStrip, keys, count, &mine.score_pairs, nullptr),
+                      ds = p.operands(d, kStrip, keys, count, &mine.d_along, &mine.d_across);
+    if (p.to.dv.data) add_rows(weights.along, grad_rows, dv);
+    if (p.to.dk.data) add_rows(ds.along, q_rows, dk);
     if (p.to.dq.data)
-      p.run.gemm(
-          {s.D, lanes, keys, mine.k.get() + n * p.d_padded, 1, p.d_padded, d, kStrip, mine.dq.get(), kStrip, n != 0});
+      p.gemm({s.D, lanes, elements<E>(keys), mine.k.across(p, n), 1, ld, ds.across, kStrip, mine.dq.get(), kStrip,
+              n != 0});
   }
 }
 
-template <typename C>
-void tile_gradients(const Backward<C>& p, const QueryTile& tile, const AxisRows<C>* columns, const AxisRows<C>* rows,
-                    const BackwardScratch<C>& mine, C* dk, C* dv, C* dtable) {
+template <typename E, typename C = Sum<E>>
+void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<C>* columns, const AxisRows<C>* rows,
+                    const BackwardScratch<E>& mine, C* dk, C* dv, C* dtable) {
   const Shape& s = p.shape;
   load_tile(p, tile, columns, mine);
   for (int64_t i = 0; i < tile.count; ++i)
@@ -147,8 +160,8 @@ void tile_gradients(const Backward<C>& p, const QueryTile& tile, const AxisRows<
 }
 
 // dk, times scale, and dv of one group: the sum of its parts.
-template <typename C>
-void store_key_gradients(const Backward<C>& p, int64_t group, int64_t parts, C* all) {
+template <typename E, typename C = Sum<E>>
+void store_key_gradients(const Backward<E>& p, int64_t group, int64_t parts, C* all) {
   const int64_t size = p.shape.N() * p.d_padded;
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < 2 * size; ++i) all[i] += all[part * 2 * size + i];
@@ -157,8 +170,8 @@ void store_key_gradients(const Backward<C>& p, int64_t group, int64_t parts, C* 
   if (p.to.dv.data) p.store_rows(p.to.dv, group, p.shape.N(), all + size);
 }
 
-template <typename C>
-void backward(const Backward<C>& p, std::optional<Tensor>& dtable, const Tensor& table, const int32_t* index) {
+template <typename E, typename C = Sum<E>>
+void backward(const Backward<E>& p, std::optional<Tensor>& dtable, const Tensor& table, const int32_t* index) {
   const Shape& s = p.shape;
   const Buffer<C> all = load_table(p, table);
   AxisRows<C> columns[kAxes], rows[kAxes];
@@ -170,7 +183,7 @@ void backward(const Backward<C>& p, std::optional<Tensor>& dtable, const Tensor&
   const int64_t slice_size = s.table_rows() * p.d_padded, keys_size = 2 * s.N() * p.d_padded;
   const Buffer<C> partial(dtable ? slices * slice_size : 0), kept(parts > 1 ? tasks * keys_size : 0);
   torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
-    BackwardScratch<C> mine(p, tiles.max_queries());
+    BackwardScratch<E> mine(p, tiles.max_queries());
     const Buffer<C> own(parts > 1 ? 0 : keys_size);
     for (int64_t task = tasks * begin / slices; task < tasks * end / slices; ++task) {
       const int64_t group = task / parts, part = task % parts;
@@ -212,13 +225,13 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
     if (dtable) std::memset(dtable->mutable_data_ptr(), 0, dtable->numel() * bytes_of(dtype_of("dtable", *dtable)));
     return;
   }
-  const auto run = [&](auto compute) {
-    using C = decltype(compute);
-    const Attention<C> a{{s, strides, q.const_data_ptr(), dtype_of("q", q)}, static_cast<C>(scale), k_rows, v_rows};
-    backward(Backward<C>{a, out_rows, grad_rows, static_cast<const C*>(lse.const_data_ptr()), to}, dtable, table,
+  with_element(q, [&](auto element) {
+    using E = decltype(element);
+    using C = Sum<E>;
+    const Attention<E> a{{s, strides, q.const_data_ptr(), dtype_of("q", q)}, static_cast<C>(scale), k_rows, v_rows};
+    backward(Backward<E>{a, out_rows, grad_rows, static_cast<const C*>(lse.const_data_ptr()), to}, dtable, table,
              index.const_data_ptr<int32_t>());
-  };
-  q.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_bwd", TORCH_BOX(&attention_bwd)); }

@@ -13,7 +13,7 @@
 //      +--------------+   out   [D, 64]                                 s     | ..            |
 //
 //   memory   scores, factors, q and out of a strip stay in L2; k and v of the group are copied once per thread
-//            and group, as rows in the compute type, and read by every strip.
+//            and group, as operands of products, and read by every strip.
 //   order    blocks of keys one after another, with the softmax of FlashAttention: what is there shrinks by
 //            e^(largest before - largest now). Everything of one tile is done by one thread.
 #include <torch/csrc/stable/library.h>
@@ -24,33 +24,40 @@
 namespace relpos {
 namespace {
 
-template <typename C>
-struct ForwardScratch : AttentionScratch<C> {
-  Buffer<C> out, largest, sum, shrink;  // [D, kStrip] and one value per lane
-  ForwardScratch(const Attention<C>& p, int64_t queries)
-      : AttentionScratch<C>(p, queries), out(p.d_padded * kStrip), largest(kStrip), sum(kStrip), shrink(kStrip) {}
+template <typename E>
+struct ForwardScratch : AttentionScratch<E> {
+  Buffer<Sum<E>> out, largest, sum, shrink;  // [D, kStrip] and one value per lane
+  ForwardScratch(const Attention<E>& p, int64_t queries)
+      : AttentionScratch<E>(p, queries, Keys<E>::kAlong, Keys<E>::kAcross),
+        out(p.d_padded * kStrip),
+        largest(kStrip),
+        sum(kStrip),
+        shrink(kStrip) {}
 };
 
-template <typename C>
-void attend_strip(const Attention<C>& p, int64_t lanes, const ForwardScratch<C>& mine) {
-  const KeyBlocks blocks(p.shape.N());
+template <typename E, typename C = Sum<E>>
+void attend_strip(const Attention<E>& p, int64_t lanes, const ForwardScratch<E>& mine) {
+  const Shape& s = p.shape;
+  const KeyBlocks blocks(s.N());
   std::fill(mine.largest.get(), mine.largest.get() + lanes, -std::numeric_limits<C>::infinity());
   std::fill(mine.sum.get(), mine.sum.get() + lanes, C{});
+  const E* q = p.across(mine.q.get(), kStrip, s.D, lanes, mine.q_pairs);
   for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
     const int64_t keys = blocks.length(n);
-    const ScoreBlock<C> block = score_block(p, n, keys, lanes, mine);
+    const ScoreBlock<C> block = score_block(p, n, keys, lanes, q, mine);
     p.steps.softmax(block, mine.largest.get(), mine.sum.get(), mine.shrink.get());
-    if (n) p.steps.scale_lanes(mine.out.get(), mine.shrink.get(), p.shape.D, lanes);
-    p.run.gemm({p.shape.D, lanes, keys, mine.v.get() + n * p.d_padded, 1, p.d_padded, block.scores, kStrip,
-                mine.out.get(), kStrip, n != 0});
+    if (n) p.steps.scale_lanes(mine.out.get(), mine.shrink.get(), s.D, lanes);
+    const E* weights = p.across(block.scores, kStrip, keys, lanes, mine.score_pairs);
+    p.gemm({s.D, lanes, elements<E>(keys), mine.v.across(p, n), 1, p.d_padded, weights, kStrip, mine.out.get(), kStrip,
+            n != 0});
   }
   C* inverse = mine.shrink.get();
   for (int64_t i = 0; i < lanes; ++i) inverse[i] = 1 / mine.sum.get()[i];
-  p.steps.scale_lanes(mine.out.get(), inverse, p.shape.D, lanes);
+  p.steps.scale_lanes(mine.out.get(), inverse, s.D, lanes);
 }
 
-template <typename C>
-void forward_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C>* axes, ForwardScratch<C>& mine,
+template <typename E, typename C = Sum<E>>
+void forward_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C>* axes, ForwardScratch<E>& mine,
                   const Rows& out, C* lse) {
   const Shape& s = p.shape;
   mine.load_group(p, tile.group);
@@ -69,14 +76,14 @@ void forward_tile(const Attention<C>& p, const QueryTile& tile, const AxisRows<C
   }
 }
 
-template <typename C>
-void forward(const Attention<C>& p, const Tensor& table, const int32_t* index, const Rows& out, C* lse) {
+template <typename E, typename C = Sum<E>>
+void forward(const Attention<E>& p, const Tensor& table, const int32_t* index, const Rows& out, C* lse) {
   const Buffer<C> all = load_table(p, table);
   AxisRows<C> axes[kAxes];
   arrange_all(p.shape, index, all.get(), true, axes);
   const QueryTiles tiles(p.shape);
   torch::stable::parallel_for(0, p.shape.groups * tiles.per_group(), 1, [&](int64_t begin, int64_t end) {
-    ForwardScratch<C> mine(p, tiles.max_queries());
+    ForwardScratch<E> mine(p, tiles.max_queries());
     for (int64_t i = begin; i < end; ++i)
       forward_tile(p, tiles.get(i / tiles.per_group(), i % tiles.per_group()), axes, mine, out, lse);
   });
@@ -91,13 +98,13 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
              out_rows = rows_like("out", out, q, s, s.M());
   if (lse) check_buffer("lse", *lse, q, wide_type_of(q), s.rows());
   if (s.groups == 0) return;
-  const auto run = [&](auto compute) {
-    using C = decltype(compute);
-    const Attention<C> p{{s, strides, q.const_data_ptr(), dtype_of("q", q)}, static_cast<C>(scale), k_rows, v_rows};
+  with_element(q, [&](auto element) {
+    using E = decltype(element);
+    using C = Sum<E>;
+    const Attention<E> p{{s, strides, q.const_data_ptr(), dtype_of("q", q)}, static_cast<C>(scale), k_rows, v_rows};
     forward(p, table, index.const_data_ptr<int32_t>(), out_rows,
             lse ? static_cast<C*>(lse->mutable_data_ptr()) : nullptr);
-  };
-  q.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }

@@ -33,7 +33,7 @@ struct Int {
 // e^x for x <= 0 or not far above: relative error below 1.1 * 2^-24. Below -87 it stays at 1.6e-38, near enough to
 // nothing to vanish beside the 1 that every softmax holds. Not-a-numbers stay.
 inline Vec<float> exp(Vec<float> x) {
-  x = x < -87.f ? Vec<float>{} - 87.f : x;
+  x = max(Vec<float>{} - 87.f, x);
   const Vec<float> shifted = x * 0x1.715476p+0f + 0x1.8p23f;  // x / log 2, rounded to an integer in the low bits
   const Vec<float> n = shifted - 0x1.8p23f;
   const Vec<float> r = (x - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;  // log 2 in two parts, the first product exact
@@ -71,8 +71,9 @@ inline void for_each_image_row(const ScoreBlock<C>& b, F&& f) {
 // Sums of many keys are sums of short sums: they lose less.
 inline int64_t short_sum(int64_t n, int64_t keys) { return n + 16 < keys ? n + 16 : keys; }
 
+// Blocks come by value: what is stored cannot be part of them, so they are not read again after every store.
 template <typename C, int VECS>
-void softmax_lanes(const ScoreBlock<C>& b, int64_t lane, C* largest, C* sum, C* shrink) {
+void softmax_lanes(const ScoreBlock<C> b, int64_t lane, C* largest, C* sum, C* shrink) {
   constexpr int L = kLanes<C>;
   Vec<C> most[VECS], before[VECS], total[VECS] = {};
   for (int v = 0; v < VECS; ++v) most[v] = before[v] = load(largest + lane + v * L);
@@ -147,7 +148,7 @@ void normalise(const ScoreBlock<C>& b, int64_t lane, const C* d, Vec<C>* less, V
 }
 
 template <typename C, int VECS, bool WHOLE>
-void gradient_lanes(const ScoreBlock<C>& b, int64_t lane, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner) {
+void gradient_lanes(const ScoreBlock<C> b, int64_t lane, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner) {
   constexpr int L = kLanes<C>;
   Vec<C> less[VECS], mean[VECS];
   for (int v = 0; v < VECS; ++v) less[v] = load(lse + lane + v * L), mean[v] = load(delta + lane + v * L);
@@ -225,6 +226,48 @@ void transpose(C* to, int64_t to_ld, const C* from, int64_t from_ld, int64_t row
     }
   }
 }
+
+#if defined(__AVX512F__)
+// Of two rows whose numbers differ in the bit BIT only: exchanges what lies in columns with and without that bit.
+template <int BIT>
+inline void exchange(Vec<float>& without, Vec<float>& with) {
+  static constexpr auto order = [](bool high) {
+    Words w{};
+    for (uint32_t i = 0; i < 16; ++i)
+      w[i] = ((i & BIT) != 0) == high ? i + (high ? 16 : 0) : (i ^ BIT) + (high ? 0 : 16);
+    return w;
+  };
+  const __m512 a = reinterpret_cast<__m512>(without), b = reinterpret_cast<__m512>(with);
+  without = reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(order(false)), b));
+  with = reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(order(true)), b));
+}
+template <int BIT>
+inline void exchange_all(Vec<float> (&row)[16]) {
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r)
+    if (!(r & BIT)) exchange<BIT>(row[r], row[r | BIT]);
+}
+
+// 16 x 16 at a time, in registers.
+template <>
+void transpose(float* to, int64_t to_ld, const float* from, int64_t from_ld, int64_t rows, int64_t columns,
+               float factor) {
+  for (int64_t r0 = 0; r0 < rows; r0 += 16)
+    for (int64_t c0 = 0; c0 < columns; c0 += 16) {
+      Vec<float> row[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r)
+        row[r] = r0 + r < rows ? factor * load(from + (r0 + r) * from_ld + c0) : Vec<float>{};
+      exchange_all<1>(row);
+      exchange_all<2>(row);
+      exchange_all<4>(row);
+      exchange_all<8>(row);
+#pragma GCC unroll 16
+      for (int c = 0; c < 16; ++c)
+        if (c0 + c < columns) store(to + (c0 + c) * to_ld + r0, row[c]);
+    }
+}
+#endif
 
 }  // namespace
 

@@ -10,22 +10,27 @@ inline const char* instruction_set() {
   static const std::string chosen = [] {
 #ifdef RELPOS_HAVE_X86_ISAS
     const char* cap = std::getenv("RELPOS_CUDA_CPU_ISA");
-    const std::string most = cap && *cap ? cap : "avx512";
+    const std::string most = cap && *cap ? cap : "avx512_bf16";
+    const bool any512 = most == "avx512" || most == "avx512_bf16";
     const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (most == "avx512" && has512) return "avx512";
-    if ((most == "avx512" || most == "avx2") && has2) return "avx2";
+    if (most == "avx512_bf16" && has512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+    if (any512 && has512) return "avx512";
+    if ((any512 || most == "avx2") && has2) return "avx2";
 #endif
     return "baseline";
   }();
   return chosen.c_str();
 }
 
+// AVX-512 with products of bfloat16: of that set, there are kernels for these products only (pair_kernels.h).
+inline bool has_pairs() { return !std::strcmp(instruction_set(), "avx512_bf16"); }
+
 // The table of this instruction set, of those compiled: `baseline`, and on x86 the two others.
 template <typename Table>
 const Table& for_this_processor(const Table& baseline, const Table* avx2, const Table* avx512) {
-  if (avx512 && !std::strcmp(instruction_set(), "avx512")) return *avx512;
+  if (avx512 && (has_pairs() || !std::strcmp(instruction_set(), "avx512"))) return *avx512;
   if (avx2 && !std::strcmp(instruction_set(), "avx2")) return *avx2;
   return baseline;
 }

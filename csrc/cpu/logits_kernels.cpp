@@ -1,6 +1,7 @@
 // logits_kernels.cpp - the inner loops of logits_kernels.h, compiled once per instruction set (RELPOS_ISA).
 #include "logits_kernels.h"
 
+#include "gemm.h"
 #include "simd.h"
 
 namespace relpos {
@@ -57,67 +58,6 @@ void load_any(C* dst, const void* src, Dtype dtype, int64_t n) {
 template <typename C>
 void store_any(void* dst, const C* src, Dtype dtype, int64_t n) {
   with_dtype<C>(dtype, [&](auto s) { store_row(static_cast<decltype(s)*>(dst), src, n); });
-}
-
-// ---- matrix product: ROWS x VECS vectors of the product stay in registers while k runs. It meets what c held only at
-// the end: a sum of a few products loses less than the same products added to a long sum one by one.
-#if defined(__AVX512F__)
-constexpr int kGemmRows = 6, kGemmVectors = 4, kShortSum = 128;
-#elif defined(__AVX2__)
-constexpr int kGemmRows = 6, kGemmVectors = 2, kShortSum = 128;
-#else
-constexpr int kGemmRows = 4, kGemmVectors = 2, kShortSum = 32;  // products are rounded, too
-#endif
-
-template <typename C, int ROWS, int VECS>
-void gemm_block(const Gemm<C>& g, int64_t m0, int64_t n0) {
-  constexpr int L = kLanes<C>;
-  const C* a = g.a + m0 * g.a_row_stride;
-  const C* b = g.b + n0;
-  C* c = g.c + m0 * g.ldc + n0;
-  Vec<C> acc[ROWS][VECS] = {};
-  for (int64_t k = 0; k < g.k; ++k, a += g.a_col_stride, b += g.ldb) {
-    Vec<C> row[VECS];
-    for (int v = 0; v < VECS; ++v) row[v] = load(b + v * L);
-    for (int r = 0; r < ROWS; ++r)
-      for (int v = 0; v < VECS; ++v) acc[r][v] += a[r * g.a_row_stride] * row[v];
-  }
-  for (int r = 0; r < ROWS; ++r)
-    for (int v = 0; v < VECS; ++v) {
-      C* at = c + r * g.ldc + v * L;
-      store(at, g.accumulate ? load(at) + acc[r][v] : acc[r][v]);
-    }
-}
-
-template <typename C, int ROWS, int VECS>
-void gemm_rows(const Gemm<C>& g, int64_t m0, int64_t n0) {
-  if (g.m - m0 >= ROWS) {
-    gemm_block<C, ROWS, VECS>(g, m0, n0);
-  } else if constexpr (ROWS > 1) {
-    gemm_rows<C, ROWS - 1, VECS>(g, m0, n0);
-  }
-}
-
-template <typename C, int VECS>
-int64_t gemm_columns(const Gemm<C>& g, int64_t n0) {
-  constexpr int L = kLanes<C>;
-  for (; n0 + VECS * L <= g.n; n0 += VECS * L)
-    for (int64_t m0 = 0; m0 < g.m; m0 += kGemmRows) gemm_rows<C, kGemmRows, VECS>(g, m0, n0);
-  if constexpr (VECS > 1) return gemm_columns<C, VECS / 2>(g, n0);
-  return n0;
-}
-
-// A few k at a time, for the same reason.
-template <typename C>
-void gemm(const Gemm<C>& g) {
-  Gemm<C> part = g;
-  for (int64_t k = 0; k == 0 || k < g.k; k += kShortSum) {
-    part.k = g.k - k < kShortSum ? g.k - k : kShortSum;
-    part.a = g.a + k * g.a_col_stride;
-    part.b = g.b + k * g.ldb;
-    part.accumulate = g.accumulate || k != 0;
-    gemm_columns<C, kGemmVectors>(part, 0);
-  }
 }
 
 constexpr int64_t kLongRow = 512;  // keys of an image row; there is no need to be fast beyond

@@ -19,15 +19,39 @@ constexpr int64_t padded(int64_t n) {
   return (n + lanes - 1) / lanes * lanes;
 }
 
-// c[m, n] (+)= sum_k a[m * row_stride + k * col_stride] * b[k, n]; n, b and c are padded.
-template <typename C>
+// What a product multiplies: numbers, or pairs of bfloat16, neighbours in the axis that is summed, two products at
+// once.
+struct Pair {
+  uint16_t first, second;
+};
+template <typename E>
+struct Element {
+  using Sum = E;
+  static constexpr int kNumbers = 1;
+};
+template <>
+struct Element<Pair> {
+  using Sum = float;
+  static constexpr int kNumbers = 2;
+};
+template <typename E>
+using Sum = typename Element<E>::Sum;
+template <typename E>
+constexpr int kNumbers = Element<E>::kNumbers;
+template <typename E>
+constexpr int64_t elements(int64_t numbers) {
+  return (numbers + kNumbers<E> - 1) / kNumbers<E>;
+}
+
+// c[m, n] (+)= sum_k a[m * row_stride + k * col_stride] * b[k, n]; k counts elements; n, b and c are padded.
+template <typename E>
 struct Gemm {
   int64_t m, n, k;
-  const C* a;
+  const E* a;
   int64_t a_row_stride, a_col_stride;
-  const C* b;
+  const E* b;
   int64_t ldb;
-  C* c;
+  Sum<E>* c;
   int64_t ldc;
   bool accumulate;
 };

@@ -138,6 +138,15 @@ inline void store(Float16* p, Vec<float> v) {
 #endif
 }
 
+// ---- the larger one, or b where that or a is no number
+inline Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<Vec<float>>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#else
+  return a > b ? a : b;
+#endif
+}
+
 // ---- the first n lanes; the others read as zero and are not written
 #if defined(__AVX512F__)
 inline __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }

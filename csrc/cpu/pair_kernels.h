@@ -1,0 +1,29 @@
+// pair_kernels.h - products of bfloat16, two at once, with sums in float32: for processors with AVX-512-BF16.
+//
+//   numbers [rows, ld]        along, [rows, ld / 2]          across, [rows / 2, ld]
+//     a b c d                   (a b) (c d)                    (a e) (b f) (c g) (d h)
+//     e f g h                   (e f) (g h)
+//
+// A product takes one operand along its rows and the other across them, so that both pair the axis that is summed.
+// Rules for this file: logits_kernels.h.
+#pragma once
+#include <cstdint>
+
+#include "logits_kernels.h"
+
+namespace relpos {
+
+struct PairKernels {
+  void (*gemm)(const Gemm<Pair>&);
+  // Numbers rounded to bfloat16, paired in either way or, where the pointer is null, not. What is beyond the last row
+  // of a pair or the last column of a vector is taken for zero: in a product, it may meet an infinity.
+  void (*pack)(Pair* along, Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns);
+};
+
+#ifdef RELPOS_HAVE_X86_ISAS
+namespace avx512_bf16 {
+extern const PairKernels kPairs;
+}
+#endif
+
+}  // namespace relpos
