@@ -31,7 +31,7 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
   const int keys_w = s.axis[kW].keys;
   KeyTiling t;
   t.one_line = bytes == 2 && keys_w > kMostColumnsOfManyLines;
-  const int most_blocks = bytes == 2 ? kMaxKeyBlocks : kMaxKeyBlocks / 2;
+  const int most_blocks = most_key_blocks(bytes, kernel_head_dim(s.D));
   t.spans = ceil_div(keys_w, most_blocks * 8);
   t.columns = round_up(ceil_div(keys_w, t.spans), 8);
   t.blocks = t.one_line ? blocks_of(t.columns) : most_blocks;

@@ -45,6 +45,9 @@ constexpr int kernel_head_dim(int D) {
   return D > 128 || D % 8 ? 0 : D <= 64 ? 64 : kFewKernels ? 128 : round_up(D, 16);
 }
 
+// Blocks of keys at most in a tile of a kernel; float32 takes more registers per block.
+constexpr int most_key_blocks(int bytes, int D) { return bytes == 2 ? kMaxKeyBlocks : D <= 96 ? 4 : 2; }
+
 // Strips of 16 queries that a warp of the forward takes: two share the keys they read.
 constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 96 ? 2 : 1; }
 
@@ -126,7 +129,9 @@ struct KeySlots {
 
 // What the first kernel leaves for the second.
 //   columns [groups, M, slots of a line]     in half precision for half precision q
-//   lines   [groups, lines + 1, queries]     float, the last is delta
+//   lines   [groups, lines + statistics, queries]     float; behind the lines are the statistics: delta and, for
+//                                                     float32, what p is to be multiplied by
+RELPOS_HD constexpr int statistics_of(int bytes) { return bytes == 4 ? 2 : 1; }
 RELPOS_HD inline int64_t padded_queries(const Shape& s) { return round_up<int64_t>(s.M(), 4); }
 
 // Queries that pass the keys that stay, at a time.
@@ -134,7 +139,7 @@ RELPOS_HD constexpr int query_tile(int bytes) { return bytes == 2 ? 64 : 32; }
 
 struct AttentionBwdKeysShared {
   int64_t k, v, stages;                                  // a stage holds:
-  int64_t q, grad, columns, lines, delta, bytes_of_stage;  // bytes from its begin
+  int64_t q, grad, columns, lines, statistics, bytes_of_stage;  // bytes from its begin
   int64_t total;
   int column_blocks, column_ld, lines_at_most;
 };
@@ -153,8 +158,8 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   at.grad = at.q + queries * ld;
   at.columns = at.grad + queries * ld;
   at.lines = at.columns + int64_t{queries} * at.column_ld * bytes;
-  at.delta = at.lines + int64_t{at.lines_at_most} * queries * 4;
-  at.bytes_of_stage = at.delta + queries * 4;
+  at.statistics = at.lines + int64_t{at.lines_at_most} * queries * 4;
+  at.bytes_of_stage = at.statistics + statistics_of(bytes) * queries * 4;
   at.total = at.stages + 2 * at.bytes_of_stage;
   return at;
 }

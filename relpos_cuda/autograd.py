@@ -181,7 +181,7 @@ def _factor_cache(
     if not key_gradient or not _needs_work_spaces(q):
         return None, None
     groups, queries = q.shape[:-2].numel(), q.shape[-2]
-    lines = math.prod(k_size[:-1]) + (num_prefix_tokens > 0) + 1
+    lines = math.prod(k_size[:-1]) + (num_prefix_tokens > 0) + (2 if q.dtype == torch.float32 else 1)
     dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
     columns = torch.empty((groups, queries, _round_up(k_size[-1], 8)), dtype=dtype, device=q.device)
     return columns, torch.empty((groups, lines, _round_up(queries, 4)), dtype=torch.float32, device=q.device)

@@ -167,7 +167,7 @@ def _places(file: str, text: str) -> list[Place]:
             add(match.start("name"), end, LEFT_OUT)
     for begin, end in _conditions(code):
         for atom in _atoms(code, begin, end):
-            if not code[slice(*atom)].startswith("sizeof"):
+            if not _known_to_the_compiler(code[slice(*atom)]):
                 add(*atom, *(value for value in ("true", "false") if value != code[slice(*atom)]))
     in_registers = set(re.findall(r"#pragma unroll[ \d]*\n *for \(int (\w+)", text))
     for begin, end in _bounds(code):
@@ -183,6 +183,11 @@ def _places(file: str, text: str) -> list[Place]:
         for start in starts:
             add(start, start + len(expression), slip)
     return sorted(found.values(), key=lambda p: (p.begin, -p.end))
+
+
+def _known_to_the_compiler(condition: str) -> bool:
+    constants = r"k[A-Z]\w*|[A-Z][A-Z_\d]*|sizeof|true|false|\d+"
+    return all(re.fullmatch(constants, word) for word in re.findall(r"\w+", condition))
 
 
 def _without_comments(text: str) -> str:
@@ -271,7 +276,7 @@ def _operand_before(code: str, position: int) -> int:
 def _one_further(condition: str) -> str | None:
     """Of a bound that is no constant: those unroll over registers."""
     match = re.fullmatch(r"(.*[^<>-]) (<|<=) (.*)", condition, re.S)
-    if not match or re.fullmatch(r"(k[A-Z]\S*|[A-Z]+|\d+)( / \d+)?", match[3]):
+    if not match or re.fullmatch(r"(Tile<T, D>::)?(k[A-Z]\S*|[A-Z]+|\d+)( / \d+)?", match[3]):
         return None
     return f"{match[1]} <= {match[3]}" if match[2] == "<" else f"{match[1]} <= {match[3]} + 1"
 

@@ -97,7 +97,8 @@ TINY = [
 
 def with_enough_numbers(p: Problem) -> Problem:
     """More groups for small problems: the largest error of a few numbers is luck, ours and the rival's."""
-    return dataclasses.replace(p, batch=16) if p.batch * p.heads * p.rows * p.head_dim < 5000 else p
+    numbers = p.heads * p.rows * p.head_dim
+    return dataclasses.replace(p, batch=min(16, 1 + 10000 // numbers)) if p.batch * numbers < 5000 else p
 
 
 def vanishes(p: Problem, name: str) -> bool:

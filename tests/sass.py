@@ -25,10 +25,10 @@ import pytest
 if __name__ == "__main__":
     sys.path.insert(1, str(Path(__file__).parent.parent))
 
-from relpos_cuda import _build, _toolchain
-from test_install import ARCHS, no_nvcc
+from relpos_cuda import _build, _libraries, _toolchain
+from test_install import no_nvcc
 
-READ_ARCHS = ("80", "90a")  # whose machine code is read; ptxas.log tells about all
+ARCHS = ("80", "90a")
 SHARED_PER_SM = {"80": 164, "86": 100, "89": 100, "90a": 228, "100": 228, "120": 100}  # KiB, CUDA programming guide
 REGISTERS_PER_SM, REGISTERS_AT_ONCE = 65536, 256  # the latter: what a warp's share is rounded up to
 RESERVED_SHARED = 1024  # of every block
@@ -82,8 +82,17 @@ class Kernel:
     code: tuple[Instruction, ...]
 
     @property
+    def attention(self) -> bool:
+        return str(self).startswith("attention")
+
+    @property
     def tensor_cores(self) -> bool:
-        return str(self).endswith(" mma")
+        return self.attention or str(self).endswith(" mma")
+
+    @property
+    def loads_matrices(self) -> bool:
+        """float32 is split into parts on its way from shared memory."""
+        return self.tensor_cores and not (self.attention and " float32" in str(self))
 
     @property
     def vector(self) -> int:
@@ -118,8 +127,6 @@ class Kernel:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """Those that read the logits by vectors of 16 bytes."""
-        reads = {i.address for i in self.code if i.streams_in}
         found: dict[int, Loop] = {}
         for i in self.code:
             head = i.target
@@ -130,13 +137,20 @@ class Kernel:
             known = found.get(head, Loop(head, frozenset(), frozenset()))
             body = known.body | {head, *_distances(self.predecessors, i.address, without=head)}
             found[head] = Loop(head, known.ends | {i.address}, body)
-        return [loop for loop in found.values() if loop.body & reads]
+        return list(found.values())
 
     @cached_property
     def stream_loop(self) -> Loop | None:
         """The innermost loop that reads the logits; of several, the one with the most reads."""
-        innermost = [loop for loop in self.loops if not any(other.body < loop.body for other in self.loops)]
+        reads = {i.address for i in self.code if i.streams_in}
+        loops = [loop for loop in self.loops if loop.body & reads]
+        innermost = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
         return max(innermost, key=lambda loop: sum(i.streams_in for i in self.within(loop)), default=None)
+
+    def product_loop(self, products: int) -> Loop | None:
+        """The smallest loop with at least so many products on tensor cores: that of the tiles of keys."""
+        large = [loop for loop in self.loops if sum(i.root == "HMMA" for i in self.within(loop)) >= products]
+        return min(large, key=lambda loop: len(loop.body), default=None)
 
     def within(self, loop: Loop) -> list[Instruction]:
         return [i for i in self.code if i.address in loop.body]
@@ -171,14 +185,19 @@ _TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 
 
 def name_of(mangled: str) -> str:
-    """Of a kernel of namespace relpos: name, types, mma for tensor cores: logits_fwd float32 float16 mma."""
+    """Of a kernel of namespace relpos: name, types, numbers, mma for tensor cores: logits_fwd float32 float16 mma.
+
+    Of attention, head dimension, blocks of keys, line for one line per tile: attention_fwd float16 64 8 line.
+    """
     found = re.match(r"_ZN6relpos\d+(\w+?)_kernel(?:I(.*?)(?:Lb(\d)E)?E)?E", mangled)
     if not found:
         raise ValueError(f"not a kernel of this project: {mangled}")
     words = [found[1]]
-    for token in re.findall(r"f|6__half|13__nv_bfloat16|S\d*_", found[2] or ""):
-        words.append(words[-1] if token.startswith("S") else _TYPES[token])  # S1_: the same type again
-    return " ".join((*words, "mma") if found[3] == "1" else words)
+    for token in re.findall(r"f|6__half|13__nv_bfloat16|S\d*_|Li\d+", found[2] or ""):
+        again = token.startswith("S")  # S1_: the same type again
+        words.append(words[-1] if again else _TYPES.get(token, token.removeprefix("Li")))
+    flag = "line" if found[1].startswith("attention") else "mma"
+    return " ".join((*words, flag) if found[3] == "1" else words)
 
 
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][A-Z0-9_.x]*)\s*(.*?)\s*;")
@@ -249,10 +268,43 @@ def missing() -> str:
 
 
 def library() -> Path:
-    """The CUDA library for the architectures of test_install.py, from the cache if it is there."""
+    """The CUDA library for ARCHS, from the cache if it is there."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
         return _build.build("cuda")
+
+
+FORWARD = """
+#include "cuda/attention_fwd.cuh"
+namespace relpos {
+template __global__ void attention_fwd_kernel<__nv_bfloat16, 64, 8, true>(const AttentionFwdParams);
+template __global__ void attention_fwd_kernel<__nv_bfloat16, 80, 8, true>(const AttentionFwdParams);
+template __global__ void attention_fwd_kernel<__nv_bfloat16, 64, 8, false>(const AttentionFwdParams);
+template __global__ void attention_fwd_kernel<__nv_bfloat16, 128, 8, true>(const AttentionFwdParams);
+}
+"""
+
+
+def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
+    """Instructions per logit of a thread in the loops over keys of some kernels of the forward."""
+    source, object_file = folder / "forward.cu", folder / "forward.o"
+    source.write_text(FORWARD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", arch)
+        library = _libraries.library("cuda")
+    unit = next(u for u in library.units if u.source.name == "attention_fwd.cu")
+    of_unit = [flag for flag in unit.flags if not flag.startswith("-DRELPOS_TYPE")]
+    include = [f for i in (*library.include, *library.system_include) for f in ("-isystem", str(i))]
+    command = [str(_toolchain.nvcc().path), *of_unit, *flags, *include, "-c", str(source), "-o", str(object_file)]
+    subprocess.run(command, check=True, capture_output=True)
+    found = {}
+    for kernel in kernels_of(object_file, arch):
+        head_dim, blocks = map(int, str(kernel).split()[2:4])
+        strips = 2 if head_dim <= 96 else 1
+        loop = kernel.product_loop(strips * blocks * head_dim // 8)
+        assert loop is not None, f"{kernel}: no loop over keys"
+        found[str(kernel)] = len(kernel.within(loop)) / (strips * blocks * 4)
+    return found
 
 
 def kernels_of(path: Path, arch: str) -> list[Kernel]:
@@ -286,7 +338,7 @@ def report() -> str:
         "loop: instructions of the loop that streams the logits, rare cases too; logits: of a thread, per iteration;"
     ]
     lines += ["way: the shortest iteration that reads and writes every vector, inner loops run once"]
-    for arch in READ_ARCHS:
+    for arch in ARCHS:
         table = rows(kernels_of(path, arch), {u.mangled: u.registers for u in usage if u.arch == arch})
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         lines += ["", f"sm_{arch}"]

@@ -26,7 +26,11 @@ from relpos_cuda import _fallback_attention, _ops, reference
 HALVES = [torch.bfloat16, torch.float16]
 ours, eager = relpos_cuda.rel_pos_attention, reference.rel_pos_attention
 
-PROBLEMS = [*map(with_enough_numbers, TINY)]
+PROBLEMS = [
+    *map(with_enough_numbers, TINY),
+    Problem("many_spans", (2, 3), (2, 300), 8, batch=4, heads=2, prefix=1),
+    Problem("two_spans_of_40", (2, 5), (3, 76), 40, batch=2, heads=1, prefix=2),
+]
 # Fewer heads: the float64 reference is what takes the time.
 SOME_MODELS = [
     same("sam_b_window", 14, 14, 64, batch=2, heads=1),
@@ -73,8 +77,16 @@ def compare(problem: Problem, inputs, dtype: torch.dtype, device: str, **more) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("problem", [*PROBLEMS, *SOME_MODELS], ids=str)
-def test_same_as_the_formula(problem: Problem, dtype: torch.dtype, device: str):
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_tiny_problems(problem: Problem, dtype: torch.dtype, device: str, request: pytest.FixtureRequest):
+    if problem.columns > 10000 and request.node.callspec.params["device"] == "emulated":
+        pytest.skip("takes minutes in the emulator; many_spans is like it")
+    compare(problem, draw_attention(problem, dtype), dtype, device)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("problem", SOME_MODELS, ids=str)
+def test_models(problem: Problem, dtype: torch.dtype, device: str):
     compare(problem, draw_attention(problem, dtype), dtype, device)
 
 

@@ -114,7 +114,7 @@ def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs:
 def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[Sanitizer, Path]:
     """With every bug in them, each under a number."""
     root = tmp_path_factory.mktemp("planted")
-    flags = planting.plant(root)
+    flags = [*planting.plant(root), emulator.FEW_KERNELS]
 
     def compile_with(sanitizer: Sanitizer) -> Path:
         return emulator.compile_tree(root, root / f"{sanitizer.name}.so", sanitizer, *flags)

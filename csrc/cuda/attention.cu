@@ -76,7 +76,7 @@ void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tenso
   const KeySlots slots(s);
   const ScalarType type = bytes_of(q) == 2 ? ScalarType::Half : ScalarType::Float;
   check_buffer("columns", *columns, q, type, s.rows() * slots.line);
-  check_buffer("lines", *lines, q, ScalarType::Float, s.groups * (slots.lines(s) + 1) * padded_queries(s));
+  check_buffer("lines", *lines, q, ScalarType::Float, s.groups * (slots.lines(s) + statistics_of(bytes_of(q))) * padded_queries(s));
   p.columns = columns->mutable_data_ptr();
   p.lines = lines->mutable_data_ptr<float>();
 }

@@ -30,9 +30,9 @@ void dispatch_head_dim(int head_dim, F&& f) {
 }
 
 // f(Int<blocks>, Int<one line per tile>) for the tiles of keys that `tile_keys` makes for this dtype.
-template <typename T, typename F>
+template <typename T, int D, typename F>
 void dispatch_keys(const KeyTiling& keys, F&& f) {
-  if constexpr (sizeof(T) == 4) return f(Int<kMaxKeyBlocks / 2>{}, Int<false>{});
+  if constexpr (sizeof(T) == 4) return f(Int<most_key_blocks(4, D)>{}, Int<false>{});
   if constexpr (sizeof(T) == 2) {
     if (!keys.one_line) return f(Int<kMaxKeyBlocks>{}, Int<false>{});
     if (keys.blocks == kMaxKeyBlocks) return f(Int<kMaxKeyBlocks>{}, Int<true>{});

@@ -56,7 +56,7 @@ struct QueryStage {
   static constexpr int kQueries = query_tile(sizeof(T));
   Tile<T, D> q, grad;
   Factor<T>* columns;  // [queries, column_ld]
-  float *lines, *delta;  // [lines, queries], [queries]
+  float *lines, *statistics;  // [lines, queries], [delta and factor, queries]
 
   __device__ __forceinline__ QueryStage(unsigned char* shared, const AttentionBwdKeysShared& at, int stage) {
     unsigned char* begin = shared + at.stages + stage * at.bytes_of_stage;
@@ -64,7 +64,7 @@ struct QueryStage {
     grad.data = reinterpret_cast<T*>(begin + at.grad);
     columns = reinterpret_cast<Factor<T>*>(begin + at.columns);
     lines = reinterpret_cast<float*>(begin + at.lines);
-    delta = reinterpret_cast<float*>(begin + at.delta);
+    statistics = reinterpret_cast<float*>(begin + at.statistics);
   }
 
   __device__ __forceinline__ void copy(const AttentionBwdParams& p, const BlockPlace& place, const SlotBlock& block,
@@ -89,12 +89,14 @@ struct QueryStage {
     }
     const int64_t queries = padded_queries(p.shape);
     const int all_lines = block.slots.lines(p.shape);
-    const float* group_lines = p.lines + int64_t{place.group} * (all_lines + 1) * queries;
-    for (int i = threadIdx.x; i < (block.lines + 1) * (kQueries / 4); i += blockDim.x) {
-      const int line = i / (kQueries / 4), m = i % (kQueries / 4) * 4;
-      const bool exists = m0 + m < queries, is_delta = line == block.lines;
-      const float* from = group_lines + (is_delta ? all_lines : block.first_line + line) * queries;
-      cp_async_16(is_delta ? delta + m : lines + line * kQueries + m, from + (exists ? m0 + m : 0), exists);
+    constexpr int kStatistics = statistics_of(sizeof(T));
+    const float* group_lines = p.lines + int64_t{place.group} * (all_lines + kStatistics) * queries;
+    for (int i = threadIdx.x; i < (block.lines + kStatistics) * (kQueries / 4); i += blockDim.x) {
+      const int line = i / (kQueries / 4), m = i % (kQueries / 4) * 4, statistic = line - block.lines;
+      const bool exists = m0 + m < queries, is_line = statistic < 0;
+      const float* from = group_lines + (is_line ? block.first_line + line : all_lines + statistic) * queries;
+      float* to = is_line ? lines + line * kQueries : statistics + statistic * kQueries;
+      cp_async_16(to + m, from + (exists ? m0 + m : 0), exists);
     }
   }
 };
@@ -152,18 +154,22 @@ struct AttentionBwdKeys {
                                          const Tile<T, D>& v) {
     float score[1][kPart][4], dp[1][kPart][4] = {};
     start(score[0], stage, column_ld, begin);
-    add_products(score, k, first, stage.q, begin);
+    add_products<true>(score, k, first, stage.q, begin);  // the scores of attention_bwd_queries.cuh to the last bit
     add_products(dp, v, first, stage.grad, begin);
 #pragma unroll
     for (int j = 0; j < kPart; ++j) {
       const int m = begin + j * 8 + threadIdx.x % 4 * 2;
-      const float2 delta = *reinterpret_cast<const float2*>(stage.delta + m);
+      const float2 delta = *reinterpret_cast<const float2*>(stage.statistics + m);
+      float2 factor = {1.f, 1.f};
+      if constexpr (sizeof(T) == 4)
+        factor = *reinterpret_cast<const float2*>(stage.statistics + QueryStage<T, D>::kQueries + m);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float2 add = *reinterpret_cast<const float2*>(stage.lines + line[half] * QueryStage<T, D>::kQueries + m);
         float* s = score[0][j] + 2 * half;
         float* d = dp[0][j] + 2 * half;
-        s[0] = exp2_approx(fmaf(s[0], p.to_powers, add.x)), s[1] = exp2_approx(fmaf(s[1], p.to_powers, add.y));
+        s[0] = exp2_approx(fmaf(s[0], p.to_powers, add.x)) * factor.x;
+        s[1] = exp2_approx(fmaf(s[1], p.to_powers, add.y)) * factor.y;
         d[0] = s[0] * (d[0] - delta.x), d[1] = s[1] * (d[1] - delta.y);
       }
     }

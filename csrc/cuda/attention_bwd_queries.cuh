@@ -95,7 +95,7 @@ struct AttentionBwdQueries {
   const BlockPlace& block;
   const Coordinates* rows;
   Bias bias;
-  float delta[2], offset[2];  // offset: of the exponent, in powers of two
+  float delta[2], offset[2], class_offset[2];  // offsets: of the exponents, in powers of two
   float below[2];             // the largest column factor
   float dq[1][D / 8][4] = {};
   float dcolumn[BLOCKS][4] = {};
@@ -123,14 +123,12 @@ struct AttentionBwdQueries {
       const float largest = lines.largest[m] + below[half] * kLog2e;
       const float lse = m < block.count ? p.lse[block.group * p.shape.M() + block.first + m] : INFINITY;
       offset[half] = largest - lse * kLog2e;
-      __syncwarp();
-      lines.largest[m] = largest;
+      class_offset[half] = offset[half] - largest;
     }
-    __syncwarp();
   }
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
-  float total[2] = {}, weighted[2] = {};
+  float total[2] = {}, weighted[2] = {}, factor[2] = {1.f, 1.f};  // factor: of p
   __device__ __forceinline__ void measure(const Span& span, int tile, int begin, const LineFactors<T>& lines,
                                           const Tile<T, D>& q, const Tile<T, D>& grad, const Tile<T, D>& k,
                                           const Tile<T, D>& v) {
@@ -152,8 +150,8 @@ struct AttentionBwdQueries {
         weighted[half] += __shfl_xor_sync(~0u, weighted[half], x);
       }
       if (bias.row(half) >= block.count) continue;
-      offset[half] -= log2f(total[half]);
-      delta[half] = weighted[half] / total[half];
+      factor[half] = 1.f / total[half];
+      delta[half] = weighted[half] * factor[half];
     }
   }
 
@@ -161,13 +159,14 @@ struct AttentionBwdQueries {
     const KeySlots slots(p.shape);
     const int64_t queries = padded_queries(p.shape);
     const int count = slots.lines(p.shape), lane = threadIdx.x % 32, row = bias.first + lane % 16;
-    const float all = of_lane(offset), own_largest = lines.largest[row], own_delta = of_lane(delta);
+    const float all = of_lane(offset), no_bias = of_lane(class_offset);
+    const float own_delta = of_lane(delta), own_factor = of_lane(factor);
     if (block.first + row >= queries) return;
-    float* to = p.lines + int64_t{block.group} * (count + 1) * queries + block.first + row;
-    for (int i = lane / 16; i <= count; i += 2)
-      to[i * queries] = i == count ? own_delta
-                        : i < slots.prefix_lines ? all - own_largest
-                                                 : all + to_float(lines.at(i - slots.prefix_lines, row));
+    float* to = p.lines + int64_t{block.group} * (count + statistics_of(sizeof(T))) * queries + block.first + row;
+    for (int i = lane / 16; i < count; i += 2)
+      to[i * queries] = i < slots.prefix_lines ? no_bias : all + to_float(lines.at(i - slots.prefix_lines, row));
+    to[count * queries] = own_delta;
+    if constexpr (sizeof(T) == 4) to[(count + 1) * queries] = own_factor;
   }
 
   __device__ __forceinline__ void write_columns(const Span& span) const {
@@ -192,12 +191,15 @@ struct AttentionBwdQueries {
                                         float (&dp)[1][kPart][4]) const {
     float line[2];
     bias.start(p, lines, span, tile, begin, weight[0], line);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) line[half] += span.of_lines ? offset[half] : class_offset[half];
     add_products(weight, q, bias.first, k, begin * 8);
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], p.to_powers, line[e / 2] + offset[e / 2]));
+        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], p.to_powers, line[e / 2]));
+        if constexpr (sizeof(T) == 4) weight[0][j][e] *= factor[e / 2];
         dp[0][j][e] = 0.f;
       }
     add_products(dp, grad, bias.first, v, begin * 8);
@@ -323,7 +325,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
       for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) work(tile, begin, k, v);
     };
   };
-  const auto begin_span = [&](const Span&) { mine.bias.fill_columns(p, lines, span, rows, q, mine.below, stage); };
+  const auto begin_span = [&](const Span&) { mine.bias.fill_columns(p, span, rows, q, mine.below, {0.f, 0.f}, stage); };
   if constexpr (sizeof(T) == 4) {
     const auto measure = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
       mine.measure(span, tile, begin, lines, q, grad, k, v);

@@ -26,9 +26,7 @@ constexpr float kMayGrow = 8.f;
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionFwd {
   static constexpr int kStrips = strips_of(sizeof(T), D);
-  // Blocks at a time: as many as registers allow.
-  static constexpr bool kFew = sizeof(T) == 4 || D == 96 || (D == 80 && !(ONE_LINE && BLOCKS == 8));
-  static constexpr int kPart = kFew ? 2 : BLOCKS == 8 ? 4 : BLOCKS;
+  static constexpr int kPart = kStrips == 2 || sizeof(T) == 4 || BLOCKS == 6 ? 2 : 4;  // blocks at a time: registers
   float out[kStrips][D / 8][4] = {};
   float reference[kStrips][2], sum[kStrips][2] = {};  // powers of two
 
@@ -141,7 +139,11 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
   const auto begin_span = [&](const Span&) {
 #pragma unroll
-    for (int s = 0; s < kStrips; ++s) bias[s].fill_columns(p, lines, span, rows, q, kNothing, stage);
+    for (int s = 0; s < kStrips; ++s) {
+      const float* largest = lines.largest + bias[s].row(0);  // what line factors are below
+      const float of_class[2] = {-largest[0] * p.from_powers, -largest[8] * p.from_powers};
+      bias[s].fill_columns(p, span, rows, q, kNothing, of_class, stage);
+    }
   };
   const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
 #pragma unroll

@@ -140,11 +140,11 @@ struct StripBias {
 
   __device__ __forceinline__ int row(int half) const { return first + threadIdx.x % 32 / 4 + half * 8; }
 
-  // Factors less `below`, of each of the lane's two queries. `stage`: 16 rows of the warp's own.
+  // Factors less `below`, of each of the lane's two queries; class tokens get `of_class`. `stage`: the warp's own.
   template <int D>
-  __device__ __forceinline__ void fill_columns(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
-                                               const Coordinates* rows,
-                                               const Tile<T, D>& q, const float (&below)[2], float* stage) {
+  __device__ __forceinline__ void fill_columns(const AttentionParams& p, const Span& span, const Coordinates* rows,
+                                               const Tile<T, D>& q, const float (&below)[2],
+                                               const float (&of_class)[2], float* stage) {
     const int lane = threadIdx.x % 32;
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
@@ -159,7 +159,7 @@ struct StripBias {
       for (int e = 0; e < 4; ++e) {
         const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2;
         const bool biased = span.of_lines && rows[row(e / 2)].of[kW] >= 0;
-        const float none = span.of_lines ? 0.f : -lines.largest[row(e / 2)] * p.from_powers;
+        const float none = span.of_lines ? 0.f : of_class[e / 2];
         column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[(row(e / 2) - first) * kLd + at] : none;
       }
     __syncwarp();  // before the next strip overwrites the stage

@@ -154,22 +154,26 @@ __device__ __forceinline__ void load_straight(OperandB<T> (&b)[2], const Tile<T,
   }
 }
 
-// acc += a b
-template <typename T>
+// acc += a b. SWAPPED: rounded as the transposed product is that is not.
+template <bool SWAPPED = false, typename T>
 __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<T>& a, const OperandB<T>& b) {
   mma_m16n8k16<T>(acc, a.pairs, b.pairs);
 }
+template <bool SWAPPED = false>
 __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<float>& a, const OperandB<float>& b) {
 #pragma unroll
   for (int order = 2; order >= 0; --order)  // the small ones first
 #pragma unroll
-    for (int n = 0; n <= order; ++n) mma_m16n8k16<__nv_bfloat16>(acc, a.pairs.part[n], b.pairs.part[order - n]);
+    for (int n = 0; n <= order; ++n) {
+      const int of_a = SWAPPED ? order - n : n;
+      mma_m16n8k16<__nv_bfloat16>(acc, a.pairs.part[of_a], b.pairs.part[order - of_a]);
+    }
 }
 
 // ---- products of a warp's strips of 16 rows
 
 // acc[s][j] += rows a_row + 16 s .. of a, times rows b_row + 8 j .. of b, transposed
-template <typename T, int D, int STRIPS, int BLOCKS>
+template <bool SWAPPED = false, typename T, int D, int STRIPS, int BLOCKS>
 __device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], const Tile<T, D>& a, int a_row,
                                              const Tile<T, D>& b, int b_row) {
 #pragma unroll
@@ -183,8 +187,8 @@ __device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], co
       load_transposed(columns, b, b_row + j * 8, step);
 #pragma unroll
       for (int s = 0; s < STRIPS; ++s) {
-        multiply(acc[s][j], rows[s], columns[0]);
-        multiply(acc[s][j + 1], rows[s], columns[1]);
+        multiply<SWAPPED>(acc[s][j], rows[s], columns[0]);
+        multiply<SWAPPED>(acc[s][j + 1], rows[s], columns[1]);
       }
     }
   }
