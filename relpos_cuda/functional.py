@@ -152,7 +152,8 @@ def rel_pos_attention(
 
     ``out = softmax(scale * q k^T + bias) v`` with ``bias[m, (i, j)] = rel_h[m, i] + rel_w[m, j]``, which is made of the
     unscaled ``q``. Logits are computed block by block, in float32 for half precision, and computed again in the
-    backward: by C++ kernels on the CPU, in plain PyTorch by chunks of query rows elsewhere.
+    backward: by C++ kernels on the CPU, by CUDA kernels for a D that is a multiple of 8 up to 128, in plain PyTorch by
+    chunks of query rows elsewhere.
 
     Args:
         q: Unscaled queries ``[B, heads, S_q, D]`` or ``[B * heads, S_q, D]``, any strides (views of a packed qkv are

@@ -165,6 +165,7 @@ struct AttentionBwdQueries {
     float* to = p.lines + int64_t{block.group} * (count + statistics_of(sizeof(T))) * queries + block.first + row;
     for (int i = lane / 16; i < count; i += 2)
       to[i * queries] = i < slots.prefix_lines ? no_bias : all + to_float(lines.at(i - slots.prefix_lines, row));
+    if (lane >= 16) return;
     to[count * queries] = own_delta;
     if constexpr (sizeof(T) == 4) to[(count + 1) * queries] = own_factor;
   }
@@ -189,16 +190,15 @@ struct AttentionBwdQueries {
                                         const Tile<T, D>& q, const Tile<T, D>& grad, const Tile<T, D>& k,
                                         const Tile<T, D>& v, float (&weight)[1][kPart][4],
                                         float (&dp)[1][kPart][4]) const {
-    float line[2];
+    float line[kPart][2];
     bias.start(p, lines, span, tile, begin, weight[0], line);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) line[half] += span.of_lines ? offset[half] : class_offset[half];
+    const float add[2] = {span.of_lines ? offset[0] : class_offset[0], span.of_lines ? offset[1] : class_offset[1]};
     add_products(weight, q, bias.first, k, begin * 8);
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], p.to_powers, line[e / 2]));
+        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], p.to_powers, line[j][e / 2] + add[e / 2]));
         if constexpr (sizeof(T) == 4) weight[0][j][e] *= factor[e / 2];
         dp[0][j][e] = 0.f;
       }

@@ -36,7 +36,7 @@ struct AttentionFwd {
   }
 
   // Scores, and what their lines add; returns with weights in their place.
-  __device__ __forceinline__ void absorb(float (&score)[kStrips][kPart][4], const float (&line)[kStrips][2],
+  __device__ __forceinline__ void absorb(float (&score)[kStrips][kPart][4], const float (&line)[kStrips][kPart][2],
                                          float to_powers, const Tile<T, D>& v, int v_row) {
     renew_reference(score, line, to_powers);
 #pragma unroll
@@ -45,14 +45,14 @@ struct AttentionFwd {
       for (int j = 0; j < kPart; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          score[s][j][e] = exp2_approx(fmaf(score[s][j][e], to_powers, line[s][e / 2] - reference[s][e / 2]));
+          score[s][j][e] = exp2_approx(fmaf(score[s][j][e], to_powers, line[s][j][e / 2] - reference[s][e / 2]));
           sum[s][e / 2] += score[s][j][e];
         }
     add_weighted(out, score, v, v_row);
   }
 
   __device__ __forceinline__ void renew_reference(const float (&score)[kStrips][kPart][4],
-                                                  const float (&line)[kStrips][2], float to_powers) {
+                                                  const float (&line)[kStrips][kPart][2], float to_powers) {
     float most[kStrips][2];
     bool grown = false;
 #pragma unroll
@@ -61,8 +61,11 @@ struct AttentionFwd {
       for (int half = 0; half < 2; ++half) {
         float x = -INFINITY;
 #pragma unroll
-        for (int j = 0; j < kPart; ++j) x = fmaxf(x, fmaxf(score[s][j][2 * half], score[s][j][2 * half + 1]));
-        most[s][half] = fmaf(x, to_powers, line[s][half]);
+        for (int j = 0; j < kPart; ++j) {
+          const float of_block = fmaxf(score[s][j][2 * half], score[s][j][2 * half + 1]);
+          x = fmaxf(x, ONE_LINE ? of_block : fmaf(of_block, to_powers, line[s][j][half]));
+        }
+        most[s][half] = ONE_LINE ? fmaf(x, to_powers, line[s][0][half]) : x;
         grown |= most[s][half] > reference[s][half] + kMayGrow;
       }
     if (!__any_sync(~0u, grown)) return;
@@ -148,7 +151,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
 #pragma unroll
     for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) {
-      float score[kStrips][Warp::kPart][4], line[kStrips][2];
+      float score[kStrips][Warp::kPart][4], line[kStrips][Warp::kPart][2];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
       add_products(score, q, first, k, begin * 8);

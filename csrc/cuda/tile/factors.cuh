@@ -166,22 +166,18 @@ struct StripBias {
   }
 
   // Blocks `begin` .. of a tile: score is what the products with the keys start from, `line` what is to be added to
-  // them after, in powers of two.
+  // each block of them after, in powers of two.
   template <int PART>
   __device__ __forceinline__ void start(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
-                                        int tile, int begin, float (&score)[PART][4], float (&line)[2]) const {
+                                        int tile, int begin, float (&score)[PART][4], float (&line)[PART][2]) const {
     const int first_line = span.of_lines ? tile * p.keys.lines : p.keys.padded_lines;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      line[half] = ONE_LINE && kWithBias ? to_float(lines.at(first_line, row(half))) : 0.f;
+    for (int j = 0; j < PART; ++j) {
+      const int of_block = first_line + (ONE_LINE ? 0 : p.keys.line_of[begin + j]);
 #pragma unroll
-      for (int j = 0; j < PART; ++j) {
-        float add = 0.f;
-        if constexpr (!ONE_LINE && kWithBias)
-          add = to_float(lines.at(first_line + p.keys.line_of[begin + j], row(half))) * p.from_powers;
+      for (int half = 0; half < 2; ++half) line[j][half] = kWithBias ? to_float(lines.at(of_block, row(half))) : 0.f;
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) score[j][e] = kWithBias ? column[begin + j][e] + add : 0.f;
-      }
+      for (int e = 0; e < 4; ++e) score[j][e] = kWithBias ? column[begin + j][e] : 0.f;
     }
   }
 };
