@@ -80,7 +80,7 @@ struct AttentionParams {
   int block_rows = 0;  // queries of a block
   float scale = 1.f, inverse_scale = 1.f;
   float to_powers = 1.f, from_powers = 1.f;  // between products of q and k and powers of two
-  FastDiv by_tiles;    // blocks of a group
+  FastDiv by_tiles;                          // blocks of a group
   FastDiv by_heads;
 };
 

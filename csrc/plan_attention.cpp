@@ -8,7 +8,7 @@ namespace relpos {
 namespace {
 
 constexpr int kMostColumnsOfManyLines = 32;  // longer lines have a tile of their own
-constexpr int kMostWarps = 8;  // of an SM: each takes nearly all registers that a thread may have
+constexpr int kMostWarps = 8;                // of an SM: each takes nearly all registers that a thread may have
 constexpr int kPastEverySpan = 1 << 20;
 
 int blocks_of(int columns) { return columns <= 48 && !kFewKernels ? 6 : kMaxKeyBlocks; }

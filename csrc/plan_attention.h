@@ -26,9 +26,9 @@ struct KeyTiling {
   int spans = 0;
   int line_of[kMaxKeyBlocks] = {}, column_of[kMaxKeyBlocks] = {};  // of every block; unused ones are past the span
 
-  int padded_lines = 0;   // of all tiles of a span
-  int class_tiles = 0;    // of class tokens, before the lines
-  int staged = 0;         // factors per query that pass through shared memory, floats
+  int padded_lines = 0;  // of all tiles of a span
+  int class_tiles = 0;   // of class tokens, before the lines
+  int staged = 0;        // factors per query that pass through shared memory, floats
 
   RELPOS_HD int keys() const { return blocks * 8; }
 };
@@ -138,7 +138,7 @@ RELPOS_HD inline int64_t padded_queries(const Shape& s) { return round_up<int64_
 RELPOS_HD constexpr int query_tile(int bytes) { return bytes == 2 ? 64 : 32; }
 
 struct AttentionBwdKeysShared {
-  int64_t k, v, stages;                                  // a stage holds:
+  int64_t k, v, stages;                                         // a stage holds:
   int64_t q, grad, columns, lines, statistics, bytes_of_stage;  // bytes from its begin
   int64_t total;
   int column_blocks, column_ld, lines_at_most;

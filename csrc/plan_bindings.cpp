@@ -81,7 +81,6 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("grid", &NamedPlan::grid);
   m.def("plan_logits", &relpos::logits, py::arg("direction"), py::arg("dtype"), py::arg("groups"), py::arg("q_size"),
         py::arg("k_size"), py::arg("head_dim"), py::arg("num_prefix_tokens"), py::arg("arch"));
-  m.def("plan_attention", &relpos::attention, py::arg("kernel"), py::arg("dtype"), py::arg("groups"),
-        py::arg("q_size"), py::arg("k_size"), py::arg("head_dim"), py::arg("num_prefix_tokens"), py::arg("arch"),
-        py::arg("scale"));
+  m.def("plan_attention", &relpos::attention, py::arg("kernel"), py::arg("dtype"), py::arg("groups"), py::arg("q_size"),
+        py::arg("k_size"), py::arg("head_dim"), py::arg("num_prefix_tokens"), py::arg("arch"), py::arg("scale"));
 }

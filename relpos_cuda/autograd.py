@@ -82,7 +82,7 @@ class RelPosAttention(torch.autograd.Function):
         wants_gradients: bool,
     ) -> tuple[Tensor, Tensor | None]:
         problem = (q_size, k_size, num_prefix_tokens)
-        native = support.fused(q, *problem, op="attention", scale=scale)
+        native = support.fused(q, *problem, "attention", scale)
         out = _empty_by_tokens(q)
         lse = None
         if wants_gradients:
@@ -105,15 +105,18 @@ class RelPosAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, table, index, out, lse = ctx.saved_tensors
-        *problem, scale = ctx.problem
+        q_size, k_size, prefix, scale = ctx.problem
         needs = ctx.needs_input_grad[:4]
         d_q, d_k, d_v = (_empty_by_tokens(t) if n else None for t, n in zip((q, k, v), needs[:3], strict=True))
         d_table = torch.empty(table.shape, dtype=_wide(q.dtype), device=q.device) if needs[3] else None
-        work_spaces = (*_work_spaces(q, *problem[:2], needs[3]), *_factor_cache(q, *problem, needs[1] or needs[2]))
+        work_spaces = (
+            *_work_spaces(q, q_size, k_size, needs[3]),
+            *_factor_cache(q, q_size, k_size, prefix, needs[1] or needs[2]),
+        )
         rows = [_rows_for_attention(t) for t in (grad, q, k, v, out)]
-        native = support.fused(q, *problem, op="attention", scale=scale)
+        native = support.fused(q, q_size, k_size, prefix, "attention", scale)
         run = _ops.attention_bwd if native else _fallback_attention.attention_bwd
-        run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, *problem, scale)
+        run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, *ctx.problem)
         d_table = None if d_table is None else d_table.to(table.dtype)
         return d_q, d_k, d_v, d_table, None, None, None, None, None, None
 

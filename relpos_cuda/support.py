@@ -13,6 +13,9 @@ from torch import Tensor
 from . import _loader, _ops, tables
 
 
+_SCALES = 1 / 512, 512  # that CUDA kernels of the attention take: csrc/plan_attention.h
+
+
 def is_supported(
     q: Tensor,
     q_size: tables.Grid,
@@ -41,7 +44,9 @@ def is_supported(
     if op not in ("logits", "attention"):
         raise ValueError(f'op must be "logits" or "attention", got {op!r}')
     head_dim = operator.index(q.shape[-1])  # torch.compile: a symbolic size becomes a constant
-    scale = head_dim**-0.5 if scale is None else float(scale)
+    scale = head_dim**-0.5 if scale is None else scale
+    if torch.compiler.is_compiling():  # its value may be symbolic: only the question is a constant
+        scale = 1.0 if _SCALES[0] <= scale <= _SCALES[1] else 0.0
     return _constant(q.device, q.dtype, tuple(q_size), tuple(k_size), head_dim, num_prefix_tokens, op, scale)
 
 

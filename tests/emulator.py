@@ -19,8 +19,7 @@ from simt import toolchain
 
 ROOT = Path(__file__).parent.parent
 SOURCES = [
-    f"csrc/{name}"
-    for name in (*_libraries.CUDA_KERNELS, *_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)
+    f"csrc/{name}" for name in (*_libraries.CUDA_KERNELS, *_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)
 ]
 NAMESPACE = "relpos_emulated"
 FEW_KERNELS = "-DRELPOS_FEW_KERNELS"  # fewer head dimensions, for what is compiled with sanitizers
@@ -39,12 +38,19 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _fused(
-    q: torch.Tensor, *problem: tuple[int, ...] | int, op: str = "logits", scale: float | None = None
+    q: torch.Tensor,
+    q_size: tuple[int, ...],
+    k_size: tuple[int, ...],
+    prefix: int,
+    op: str = "logits",
+    scale: float | None = None,
 ) -> bool:
     """As for a GPU; but the logits op is to refuse by itself."""
+    if op == "logits":
+        return True
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
-    return op == "logits" or not support.refusal(torch.device("cuda"), q.dtype, *problem[:2], head_dim, problem[2], op, scale)
+    return not support.refusal(torch.device("cuda"), q.dtype, q_size, k_size, head_dim, prefix, op, scale)
 
 
 @functools.cache

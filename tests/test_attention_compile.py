@@ -7,8 +7,8 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import relpos_cuda
-from problems import NO_WORK_SPACES, Problem, call_attention, draw_attention, same
-from relpos_cuda import _ops, tables
+from problems import Problem, call_attention, draw_attention, same
+from relpos_cuda import _ops, autograd, tables
 
 ours = relpos_cuda.rel_pos_attention
 PROBLEMS = [
@@ -89,7 +89,9 @@ def test_opcheck(some: bool, real_device: str):
     problem = (table, index, *grids, 0, 0.25)
     torch.library.opcheck(_ops.attention_fwd, (out, None if some else lse, q, k, v, *problem))
     gradients = [None if some else torch.zeros_like(t) for t in (q, k, v, table)]
-    torch.library.opcheck(_ops.attention_bwd, (*gradients, torch.ones_like(q), q, k, v, out, lse, *problem[:2], *NO_WORK_SPACES, *problem[2:]))
+    work_spaces = (*autograd._work_spaces(q, *grids, not some), *autograd._factor_cache(q, *grids, 0, not some))
+    arguments = (torch.ones_like(q), q, k, v, out, lse, *problem[:2], *work_spaces, *problem[2:])
+    torch.library.opcheck(_ops.attention_bwd, (*gradients, *arguments))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

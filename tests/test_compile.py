@@ -41,7 +41,9 @@ def test_compile_fullgraph(problem: Problem, backend: str, inplace: bool, real_d
 @pytest.mark.parametrize("dynamic", [False, True, None])
 def test_compile_many_shapes(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch):
     """Batch and grid change from call to call; support is asked as it is for a GPU."""
-    monkeypatch.setattr(support, "fused", lambda q, *grids_and_prefix: not support.is_supported(q, *grids_and_prefix[:2]))
+    monkeypatch.setattr(
+        support, "fused", lambda q, *grids_and_prefix: not support.is_supported(q, *grids_and_prefix[:2])
+    )
     torch._dynamo.reset()
 
     def function(image, q, rel_pos_h, rel_pos_w):

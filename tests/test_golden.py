@@ -83,8 +83,8 @@ def test_attention_built_on_the_logits_op(name: str, device: str):
 
 
 @pytest.mark.parametrize("name", ATTENTION)
-def test_attention(name: str, real_device: str):
-    compare_attention(relpos_cuda.rel_pos_attention, name, real_device)
+def test_attention(name: str, device: str):
+    compare_attention(relpos_cuda.rel_pos_attention, name, device)
 
 
 def compare_attention(function, name: str, device: str) -> None:

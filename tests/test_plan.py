@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import relpos_cuda
+from problems import MODELS
 from relpos_cuda import _loader
 
 PER_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory
@@ -94,6 +97,66 @@ class OnGpu:
 def test_is_supported(dtype, q_size, k_size, reason):
     got = relpos_cuda.is_supported(OnGpu(dtype, 64), q_size, k_size)
     assert got is None if reason is None else reason in got
+
+
+ATTENTION_KERNELS = ("forward", "backward_queries", "backward_keys")
+
+
+@pytest.mark.parametrize("arch", PER_BLOCK)
+@pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("problem", [p for p in MODELS if p.head_dim % 8 == 0], ids=str)
+def test_attention_of_models_fits_every_architecture(arch, kernel, dtype, problem):
+    sizes = (problem.batch * problem.heads, problem.q_size, problem.k_size, problem.head_dim, problem.prefix)
+    p = _loader.plan().plan_attention(kernel, dtype, *sizes, arch, problem.head_dim**-0.5)
+    assert p.refusal == ""
+    assert 0 < p.shared_bytes <= PER_BLOCK[arch] * 1024
+    assert p.threads in (32, 64, 128, 256) and p.block_rows % (p.threads // 2) == 0
+    line = -(-problem.k_size[-1] // 8) * 8
+    slots = -(-problem.prefix // 8) * 8 + math.prod(problem.k_size[:-1]) * line
+    rows = slots if kernel == "backward_keys" else problem.rows
+    assert p.grid == sizes[0] * -(-rows // p.block_rows)
+    assert p.kernel.startswith("attention_" + {"forward": "fwd"}.get(kernel, kernel.replace("backward", "bwd")))
+
+
+@pytest.mark.parametrize(
+    "k_size,tile",
+    [
+        ((64, 64), "line_64"),
+        ((9, 48), "line_48"),
+        ((9, 76), "line_48"),  # two spans of 40
+        ((9, 128), "line_64"),
+        ((14, 14), "lines_64"),
+        ((9, 20), "lines_64"),
+    ],
+)
+def test_tiles_follow_the_lines_of_the_grid(k_size, tile):
+    p = _loader.plan().plan_attention("forward", "bfloat16", 1, k_size, k_size, 72, 0, 80, 0.1)
+    assert p.kernel == f"attention_fwd_d80_{tile}"
+
+
+@pytest.mark.parametrize(
+    "dtype,head_dim,k_size,scale,reason",
+    [
+        (torch.bfloat16, 80, (64, 64), None, None),
+        (torch.float32, 8, (5, 13), 1.0, None),
+        (torch.bfloat16, 12, (5, 13), None, "multiples of 8 up to 128"),
+        (torch.bfloat16, 136, (5, 13), None, "multiples of 8 up to 128"),
+        (torch.float64, 64, (5, 13), None, "float64 has no CUDA kernel"),
+        (torch.bfloat16, 64, (5, 13), 0.0, "scale"),
+        (torch.bfloat16, 64, (5, 13), -0.125, "scale"),
+        (torch.bfloat16, 64, (5, 13), 1000.0, "scale"),
+        (torch.bfloat16, 64, (60000, 1), None, "exceed shared memory"),
+    ],
+)
+def test_attention_is_supported(dtype, head_dim, k_size, scale, reason):
+    got = relpos_cuda.is_supported(OnGpu(dtype, head_dim), k_size, k_size, op="attention", scale=scale)
+    assert got is None if reason is None else reason in got
+
+
+def test_attention_refuses_an_unknown_kernel():
+    with pytest.raises(ValueError, match="kernel must be"):
+        _loader.plan().plan_attention("sideways", "float32", 1, (2, 2), (2, 2), 8, 0, 80, 1.0)
 
 
 def test_cpu_tensors_are_always_supported():

@@ -16,17 +16,21 @@ import emulator
 from simt import toolchain
 from simt.toolchain import ADDRESS, THREAD, Sanitizer
 
-TESTS = (
-    "emulated and (tiny or strides or not_finite) and (ragged or row_1x7 or lanes or video or class or packed or inf)"
-)
+TESTS = {  # file: pytest's -k
+    "test_logits.py": "emulated and (tiny or strides or not_finite) and "
+    "(ragged or row_1x7 or lanes or video or class or packed or inf)",
+    "test_attention.py": "emulated and not float16 and "
+    "(lse or tiny and (5x13_mma or 8x8 or 3x40 or video or class_tok or fraction or more or spans))",
+}
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))
+@pytest.mark.parametrize("file", TESTS)
 @pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD], ids=lambda s: s.name)
-def test_silence(sanitizer: Sanitizer):
+def test_silence(sanitizer: Sanitizer, file: str):
     library = emulator.build(sanitizer)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_logits.py", "-k", TESTS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", TESTS[file]]
     environment = os.environ | sanitizer.environment | {emulator.INSTEAD: str(library), "SIMT_SCHED": "random"}
     environment |= {"PYTHONPATH": str(emulator.ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)

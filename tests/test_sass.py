@@ -30,7 +30,12 @@ HEAD_DIMS = (64, 80, 96, 112, 128)
 TILES = {(t, d): ("8 line", "6 line", "8") for t in HALF for d in HEAD_DIMS}
 TILES |= {("float32", d): ("4" if d <= 96 else "2",) for d in HEAD_DIMS}
 KERNELS |= {
-    *(f"attention_{name} {t} {d} {k}" for name in ("fwd", "bwd_queries") for (t, d), tiles in TILES.items() for k in tiles),
+    *(
+        f"attention_{name} {t} {d} {k}"
+        for name in ("fwd", "bwd_queries")
+        for (t, d), tiles in TILES.items()
+        for k in tiles
+    ),
     *(f"attention_bwd_keys {t} {d}" for t, d in TILES),
 }
 THREADS = 256
@@ -153,7 +158,7 @@ def test_two_blocks_of_every_model_share_an_sm(built: Built, planner, arch: str,
 @pytest.mark.parametrize("arch", sass.ARCHS)
 @pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
 def test_eight_warps_of_attention_fill_an_sm(built: Built, planner, arch: str, kernel: str):
-    """Each takes nearly all registers a thread may have. By the shared memory of the plan and the kernel's registers."""
+    """Each takes nearly all registers a thread may have."""
     registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     for head_dim in (64, 80, 96):
         p = planner.plan_attention(kernel, "bfloat16", 16, (64, 64), (64, 64), head_dim, 0, int(arch.rstrip("a")), 0.1)
@@ -167,7 +172,7 @@ def test_eight_warps_of_attention_fill_an_sm(built: Built, planner, arch: str, k
 @pytest.mark.slow
 @each_arch
 def test_what_the_bias_costs(arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Instructions of the forward's loop over tiles of keys, beside the same kernel without a bias: at most 1.2 times."""
+    """Instructions of the forward's loop over tiles of keys: at most 1.2 times those without a bias."""
     with_bias, without = (sass.forward_loops(arch, tmp_path, *flags) for flags in ((), ("-DRELPOS_WITHOUT_BIAS",)))
     assert with_bias.keys() == without.keys() and len(with_bias) == 4
     for name, instructions in with_bias.items():

@@ -209,7 +209,8 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
                    std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& out, const Tensor& lse, const Tensor& table, const Tensor& index,
                    const std::optional<Tensor>&, const std::optional<Tensor>&, const std::optional<Tensor>&,
-                   const std::optional<Tensor>&, std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix, double scale) {
+                   const std::optional<Tensor>&, std::vector<int64_t> q_size, std::vector<int64_t> k_size,
+                   int64_t prefix, double scale) {
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   const Rows k_rows = rows_like("k", k, q, s, s.N()), v_rows = rows_like("v", v, q, s, s.N()),

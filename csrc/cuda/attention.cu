@@ -1,8 +1,7 @@
 // attention.cu - the attention ops on the GPU: check, fill params, plan, launch one kernel after another.
-#include "attention.h"
-
 #include <torch/csrc/stable/library.h>
 
+#include "attention.h"
 #include "table_grad.h"
 
 #ifndef RELPOS_OPS
@@ -30,8 +29,8 @@ OutRows out_rows(const char* name, const Tensor& t, const Tensor& q, const Shape
 
 int bytes_of(const Tensor& t) { return static_cast<int>(t.element_size()); }
 
-void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, const Tensor& v,
-                 const Tensor& table, const Tensor& index, double scale) {
+void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& table,
+          const Tensor& index, double scale) {
   p.shape = s;
   p.q = in_rows("q", q, q, s, s.M());
   p.k = in_rows("k", k, q, s, s.N());
@@ -76,7 +75,8 @@ void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tenso
   const KeySlots slots(s);
   const ScalarType type = bytes_of(q) == 2 ? ScalarType::Half : ScalarType::Float;
   check_buffer("columns", *columns, q, type, s.rows() * slots.line);
-  check_buffer("lines", *lines, q, ScalarType::Float, s.groups * (slots.lines(s) + statistics_of(bytes_of(q))) * padded_queries(s));
+  check_buffer("lines", *lines, q, ScalarType::Float,
+               s.groups * (slots.lines(s) + statistics_of(bytes_of(q))) * padded_queries(s));
   p.columns = columns->mutable_data_ptr();
   p.lines = lines->mutable_data_ptr<float>();
 }

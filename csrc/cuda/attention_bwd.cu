@@ -23,7 +23,7 @@ void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan
   });
 }
 
-#define RELPOS_INSTANTIATE(T)                                                                                       \
+#define RELPOS_INSTANTIATE(T)                                                                                      \
   template void launch_attention_bwd_queries<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&); \
   template void launch_attention_bwd_keys<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&);
 RELPOS_FOR_TYPES(RELPOS_INSTANTIATE)

@@ -55,7 +55,7 @@ template <typename T, int D>
 struct QueryStage {
   static constexpr int kQueries = query_tile(sizeof(T));
   Tile<T, D> q, grad;
-  Factor<T>* columns;  // [queries, column_ld]
+  Factor<T>* columns;         // [queries, column_ld]
   float *lines, *statistics;  // [lines, queries], [delta and factor, queries]
 
   __device__ __forceinline__ QueryStage(unsigned char* shared, const AttentionBwdKeysShared& at, int stage) {
@@ -79,7 +79,8 @@ struct QueryStage {
     copy(q, p.q);
     copy(grad, p.grad);
     const int chunks = at.column_blocks * (8 / kChunk);
-    const Factor<T>* all_columns = static_cast<const Factor<T>*>(p.columns) + int64_t{place.group} * M * block.slots.line;
+    const Factor<T>* all_columns =
+        static_cast<const Factor<T>*>(p.columns) + int64_t{place.group} * M * block.slots.line;
     for (int i = threadIdx.x; i < kQueries * chunks; i += blockDim.x) {
       const int row = i / chunks, chunk = i - row * chunks;
       const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
@@ -105,8 +106,8 @@ template <typename T, int D>
 struct AttentionBwdKeys {
   static constexpr int kPart = sizeof(T) == 4 ? 2 : 4;  // blocks of queries at a time
   const AttentionBwdParams& p;
-  int first;                 // of the warp's keys in the block
-  bool has_bias[2];          // of each of its two blocks of 8 keys
+  int first;         // of the warp's keys in the block
+  bool has_bias[2];  // of each of its two blocks of 8 keys
   int column_block[2], line[2];
   float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
 
@@ -223,14 +224,12 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
   for (int tile = -1; tile < tiles; ++tile) {
     cp_async_wait<0>();
     __syncthreads();  // it is there, and the one before is done with
-    if (tile + 1 < tiles)
-      QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, place, block, at, (tile + 1) * kQueries);
+    if (tile + 1 < tiles) QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, place, block, at, (tile + 1) * kQueries);
     cp_async_commit();
     if (tile < 0) continue;
     const QueryStage<T, D> stage(shared, at, tile % 2);
 #pragma unroll 1
-    for (int begin = 0; begin < kQueries; begin += Warp::kPart * 8)
-      mine.absorb(stage, at.column_ld, begin, k, v);
+    for (int begin = 0; begin < kQueries; begin += Warp::kPart * 8) mine.absorb(stage, at.column_ld, begin, k, v);
   }
   mine.store(p.dk, mine.dk, p.scale, k, place, block);
   mine.store(p.dv, mine.dv, 1.f, v, place, block);

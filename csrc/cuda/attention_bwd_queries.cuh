@@ -55,9 +55,8 @@ __device__ __forceinline__ void find_delta(const AttentionBwdParams& p, const Bl
 // dq += d_a / scale times the table rows of axis a and these keys; gradient(row of the strip, key) is d_a.
 template <typename T, int D, typename F>
 __device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const KeyRange& keys,
-                                                   const Coordinates* rows, int first,
-                                                   const Tile<T, D>& table_rows, float (&dq)[1][D / 8][4],
-                                                   F&& gradient) {
+                                                   const Coordinates* rows, int first, const Tile<T, D>& table_rows,
+                                                   float (&dq)[1][D / 8][4], F&& gradient) {
   const Axis& axis = p.shape.axis[a];
   const T* table = static_cast<const T*>(p.table);
   const int lane = threadIdx.x % 32;
@@ -65,9 +64,8 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
   strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 16) {
     __syncwarp();  // the tile may be overwritten
-    copy_rows(table_rows, 16, p.shape.D, lane, 32, table, [&](int row) {
-      return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr;
-    });
+    copy_rows(table_rows, 16, p.shape.D, lane, 32, table,
+              [&](int row) { return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr; });
     cp_async_commit();
     float whole[1][2][4], rest[1][2][4];
 #pragma unroll
@@ -96,7 +94,7 @@ struct AttentionBwdQueries {
   const Coordinates* rows;
   Bias bias;
   float delta[2], offset[2], class_offset[2];  // offsets: of the exponents, in powers of two
-  float below[2];             // the largest column factor
+  float below[2];                              // the largest column factor
   float dq[1][D / 8][4] = {};
   float dcolumn[BLOCKS][4] = {};
 

@@ -1,7 +1,6 @@
 // attention_fwd.cu - the kernels of the attention's forward.
-#include "attention_fwd.cuh"
-
 #include "attention.h"
+#include "attention_fwd.cuh"
 
 namespace relpos {
 

@@ -93,8 +93,7 @@ struct AttentionFwd {
       for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
       const int m = first + lane / 4 + half * 8;
       if (p.lse && lane % 4 == 0 && m < block.count)
-        p.lse[block.group * p.shape.M() + block.first + m] =
-            (reference[s][half] + largest[m] + log2f(total)) * kLn2;
+        p.lse[block.group * p.shape.M() + block.first + m] = (reference[s][half] + largest[m] + log2f(total)) * kLn2;
 #pragma unroll
       for (int d = 0; d < D / 8; ++d)
         set_pair(rows.at(m, d * 8 + lane % 4 * 2), out[s][d][2 * half] / total, out[s][d][2 * half + 1] / total);

@@ -1,8 +1,7 @@
 // table_grad.cu - the gradient of the table: check, fill params, launch.
-#include "table_grad.h"
-
 #include "dispatch.h"
 #include "table_grad.cuh"
+#include "table_grad.h"
 
 namespace relpos {
 

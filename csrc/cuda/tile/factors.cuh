@@ -38,8 +38,7 @@ __device__ __forceinline__ void strip_range(const AttentionParams& p, int a, con
 // holds: row is lane / 4 + 8 half of the strip.
 template <typename T, int D, typename F>
 __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const KeyRange& keys,
-                                              const Coordinates* rows,
-                                              const Tile<T, D>& q, int first, F&& put) {
+                                              const Coordinates* rows, const Tile<T, D>& q, int first, F&& put) {
   constexpr int kBlocks = 4;  // of 8 table rows, sharing operands of q
   const Axis& axis = p.shape.axis[a];
   const T* table = static_cast<const T*>(p.table);
@@ -78,7 +77,8 @@ template <typename T, int D>
 __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a, const Coordinates* rows,
                                                 const Tile<T, D>& q, int first, float (&largest)[2]) {
   float most[2] = {-INFINITY, -INFINITY};
-  strip_factors<T>(p, a, {0, p.shape.axis[a].keys}, rows, q, first, [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
+  strip_factors<T>(p, a, {0, p.shape.axis[a].keys}, rows, q, first,
+                   [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     for (int x = 1; x < 4; x *= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], x));
@@ -98,7 +98,7 @@ struct LineFactors {
   // By the warp of that strip; `stage`: its own.
   template <int D>
   __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
-                                        int first, float* stage) const {
+                                       int first, float* stage) const {
     const Shape& s = p.shape;
     const int row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
     float sum = 0.f;
@@ -143,8 +143,8 @@ struct StripBias {
   // Factors less `below`, of each of the lane's two queries; class tokens get `of_class`. `stage`: the warp's own.
   template <int D>
   __device__ __forceinline__ void fill_columns(const AttentionParams& p, const Span& span, const Coordinates* rows,
-                                               const Tile<T, D>& q, const float (&below)[2],
-                                               const float (&of_class)[2], float* stage) {
+                                               const Tile<T, D>& q, const float (&below)[2], const float (&of_class)[2],
+                                               float* stage) {
     const int lane = threadIdx.x % 32;
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};

@@ -77,7 +77,8 @@ __device__ __forceinline__ void store_rows(const Tile<T, D>& from, int first, in
 #pragma unroll
     for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
       const int chunk = 2 * i + lane % 2, d = chunk * Tile<T, D>::kChunk;
-      if (d < width) *reinterpret_cast<uint4*>(to + d) = *reinterpret_cast<const uint4*>(from.chunk(first + row, chunk));
+      if (d < width)
+        *reinterpret_cast<uint4*>(to + d) = *reinterpret_cast<const uint4*>(from.chunk(first + row, chunk));
     }
   }
 }
@@ -130,8 +131,8 @@ struct KeyStages {
   __device__ __forceinline__ Tile<T, D> get(int tile, int which) const {
     return {data + (tile % kKeyStages * 2 + which) * BLOCKS * 8 * Tile<T, D>::kLd};
   }
-  // For every span: begin(span) while the stages are free, work(tile, k, v) for every tile, end(span) when they are free
-  // again; all by all threads. `span` is in shared memory.
+  // For every span: begin(span) while the stages are free, work(tile, k, v) for every tile, end(span) when they are
+  // free again; all by all threads. `span` is in shared memory.
   template <typename Begin, typename Work, typename End>
   __device__ __forceinline__ void for_each_tile(const AttentionParams& p, const BlockPlace& block, Span& span,
                                                 Begin&& begin, Work&& work, End&& end) const {
