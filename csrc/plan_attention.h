@@ -42,7 +42,7 @@ constexpr bool kFewKernels = false;
 
 // The head dimension of the kernel that takes D; 0 if none does.
 constexpr int kernel_head_dim(int D) {
-  return D > 128 || D % 8 ? 0 : D <= 64 ? 64 : kFewKernels ? 128 : round_up(D, 16);
+  return D > (kFewKernels ? 64 : 128) || D % 8 ? 0 : D <= 64 ? 64 : round_up(D, 16);
 }
 
 // Blocks of keys at most in a tile of a kernel; float32 takes more registers per block.

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from . import _loader, _ops, tables
 
-
 _SCALES = 1 / 512, 512  # that CUDA kernels of the attention take: csrc/plan_attention.h
 
 

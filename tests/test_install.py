@@ -74,15 +74,15 @@ def no_nvcc() -> str:
     return "" if nvcc.version >= (12, 8) else f"{nvcc} does not know all of these architectures"
 
 
-ARCHS = ("80", "86", "89", "90a", "100", "120")
+ARCHS = ("86", "89", "100", "120")  # test_sass.py builds for sm_80 and sm_90a
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
-def test_cuda_library_for_every_arch(monkeypatch: pytest.MonkeyPatch):
+def test_cuda_library_for_other_architectures(monkeypatch: pytest.MonkeyPatch):
     """Builds without a GPU, loads beside any PyTorch, and no kernel spills registers.
 
-    With fewer head dimensions; test_sass.py reads them all for two architectures.
+    With one head dimension of the attention; test_sass.py reads them all.
     """
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
     monkeypatch.setenv("RELPOS_CUDA_NVCCFLAGS", "-DRELPOS_FEW_KERNELS")

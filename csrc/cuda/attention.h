@@ -24,8 +24,8 @@ void dispatch_head_dim(int head_dim, F&& f) {
     if (head_dim == 80) return f(Int<80>{});
     if (head_dim == 96) return f(Int<96>{});
     if (head_dim == 112) return f(Int<112>{});
+    if (head_dim == 128) return f(Int<128>{});
   }
-  if (head_dim == 128) return f(Int<128>{});
   RELPOS_CHECK(false, "no attention kernel for the head dimension ", head_dim);
 }
 
@@ -41,7 +41,7 @@ void dispatch_keys(const KeyTiling& keys, F&& f) {
 }
 
 // The dtypes of a unit that holds kernels: one, RELPOS_TYPE, or all.
-#ifdef RELPOS_TYPE
+#if defined(RELPOS_TYPE)
 #define RELPOS_FOR_TYPES(INSTANTIATE) INSTANTIATE(RELPOS_TYPE)
 #else
 #define RELPOS_FOR_TYPES(INSTANTIATE) INSTANTIATE(__half) INSTANTIATE(__nv_bfloat16) INSTANTIATE(float)
