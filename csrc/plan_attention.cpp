@@ -16,7 +16,7 @@ int blocks_of(int columns) { return columns <= 48 && !kFewKernels ? 6 : kMaxKeyB
 std::string with(const char* what, int64_t value) { return what + std::to_string(value); }
 
 std::string refusal_of(const Shape& s, double scale) {
-  if (kernel_head_dim(s.D) == 0) return with("attention kernels take multiples of 8 up to 128 as D, not ", s.D);
+  if (kernel_head_dim(s.D, 2) == 0) return with("attention kernels take multiples of 8 up to 128 as D, not ", s.D);
   if (!(scale >= kLeastScale && scale <= kMostScale))
     return "scale = " + std::to_string(scale) + " is not between 1/512 and 512";
   constexpr int64_t kMost = (int64_t{1} << 31) - 4096;
@@ -31,7 +31,7 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
   const int keys_w = s.axis[kW].keys;
   KeyTiling t;
   t.one_line = bytes == 2 && keys_w > kMostColumnsOfManyLines;
-  const int most_blocks = most_key_blocks(bytes, kernel_head_dim(s.D));
+  const int most_blocks = most_key_blocks(bytes, kernel_head_dim(s.D, bytes));
   t.spans = ceil_div(keys_w, most_blocks * 8);
   t.columns = round_up(ceil_div(keys_w, t.spans), 8);
   t.blocks = t.one_line ? blocks_of(t.columns) : most_blocks;
@@ -60,7 +60,7 @@ AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, 
   plan.refusal = refusal_of(s, scale);
   if (!plan.refusal.empty()) return plan;
   plan.keys = tile_keys(s, bytes);
-  const int D = plan.head_dim = kernel_head_dim(s.D);
+  const int D = plan.head_dim = kernel_head_dim(s.D, bytes);
   const bool forward = kernel == AttentionKernel::kForward, of_keys = kernel == AttentionKernel::kBackwardKeys;
   const int64_t rows = of_keys ? KeySlots(s).count(s) : s.M();
   const SharedLimits limits = shared_limits(arch);

@@ -41,15 +41,16 @@ constexpr bool kFewKernels = false;
 #endif
 
 // The head dimension of the kernel that takes D; 0 if none does.
-constexpr int kernel_head_dim(int D) {
-  return D > (kFewKernels ? 64 : 128) || D % 8 ? 0 : D <= 64 ? 64 : round_up(D, 16);
+constexpr int kernel_head_dim(int D, int bytes) {
+  if (D > (kFewKernels ? 64 : 128) || D % 8) return 0;
+  return D <= 64 ? 64 : bytes == 4 && D > 96 ? 128 : round_up(D, 16);
 }
 
 // Blocks of keys at most in a tile of a kernel; float32 takes more registers per block.
-constexpr int most_key_blocks(int bytes, int D) { return bytes == 2 ? kMaxKeyBlocks : D <= 96 ? 4 : 2; }
+constexpr int most_key_blocks(int bytes, int D) { return bytes == 2 ? kMaxKeyBlocks : D <= 80 ? 4 : 2; }
 
 // Strips of 16 queries that a warp of the forward takes: two share the keys they read.
-constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 96 ? 2 : 1; }
+constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 80 ? 2 : 1; }
 
 // Where a block of queries, or of slots of keys, works: first .. first + count - 1 of one group.
 struct BlockPlace {

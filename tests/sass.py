@@ -300,7 +300,7 @@ def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
     found = {}
     for kernel in kernels_of(object_file, arch):
         head_dim, blocks = map(int, str(kernel).split()[2:4])
-        strips = 2 if head_dim <= 96 else 1
+        strips = 2 if head_dim <= 80 else 1
         loop = kernel.product_loop(strips * blocks * head_dim // 8)
         assert loop is not None, f"{kernel}: no loop over keys"
         found[str(kernel)] = len(kernel.within(loop)) / (strips * blocks * 4)

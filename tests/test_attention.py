@@ -29,6 +29,7 @@ ours, eager = relpos_cuda.rel_pos_attention, reference.rel_pos_attention
 PROBLEMS = [
     *map(with_enough_numbers, TINY),
     Problem("many_spans", (2, 3), (2, 300), 8, batch=4, heads=2, prefix=1),
+    Problem("spans_of_three_blocks", (2, 3), (3, 20), 16, batch=4),  # and two blocks of a tile unused
     Problem("two_spans_of_40", (2, 5), (3, 76), 40, batch=2, heads=1, prefix=2),
 ]
 # Fewer heads: the float64 reference is what takes the time.

@@ -28,14 +28,14 @@ NAMES = "tiny or misaligned or table_gradients or finite or asked"
 SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or spans"  # D <= 64: emulator.FEW_KERNELS
 SOON = {  # file: pytest's -k
     "test_logits.py": f"emulated and ({NAMES}) and not (longer or one_row or torch.float16)",
-    "test_attention.py": f"emulated and (lse or asked or tiny and ({SMALL}) and not torch.float16)",
+    "test_attention.py": f"emulated and (lse or asked or saved or tiny and ({SMALL}) and not torch.float16)",
 }
 SANITIZED = SOON | {
     "test_attention.py": "emulated and tiny and torch.bfloat16 and (5x13_mma or video_cls or spans_of or fraction)",
 }
 LATER = {
     "test_logits.py": "emulated and (random or tiny and (longer or one_row))",
-    "test_attention.py": f"emulated and (large or huge or strides or scale or tiny and ({SMALL} or axes or fewer))",
+    "test_attention.py": f"emulated and (large_bias or huge or strides or scale or saved or tiny and ({SMALL} or axes or fewer))",
 }
 ALL = "RELPOS_TEST_ALL_CANARIES"
 ALL_IS_WELL = 0  # the number of no bug: the copy is as good as the original

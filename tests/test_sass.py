@@ -28,7 +28,7 @@ KERNELS = {
 } - {f"{name} float32 mma" for name in ("logits_fwd float32", "logits_bwd float32", "table_partial")}
 HEAD_DIMS = (64, 80, 96, 112, 128)
 TILES = {(t, d): ("8 line", "6 line", "8") for t in HALF for d in HEAD_DIMS}
-TILES |= {("float32", d): ("4" if d <= 96 else "2",) for d in HEAD_DIMS}
+TILES |= {("float32", d): ("4" if d <= 80 else "2",) for d in HEAD_DIMS if d != 112}
 KERNELS |= {
     *(
         f"attention_{name} {t} {d} {k}"

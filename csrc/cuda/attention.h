@@ -17,13 +17,14 @@ template <int V>
 using Int = std::integral_constant<int, V>;
 
 // f(Int<D>) for the head dimension of the kernel.
-template <typename F>
+template <typename T, typename F>
 void dispatch_head_dim(int head_dim, F&& f) {
   if (head_dim == 64) return f(Int<64>{});
   if constexpr (!kFewKernels) {
     if (head_dim == 80) return f(Int<80>{});
     if (head_dim == 96) return f(Int<96>{});
-    if (head_dim == 112) return f(Int<112>{});
+    if constexpr (sizeof(T) == 2)
+      if (head_dim == 112) return f(Int<112>{});
     if (head_dim == 128) return f(Int<128>{});
   }
   RELPOS_CHECK(false, "no attention kernel for the head dimension ", head_dim);

@@ -7,7 +7,7 @@ namespace relpos {
 
 template <typename T>
 void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
-  dispatch_head_dim(plan.head_dim, [&](auto d) {
+  dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
     dispatch_keys<T, d()>(plan.keys, [&](auto blocks, auto one_line) {
       device.launch(attention_bwd_queries_kernel<T, d(), blocks(), one_line()>, dim3(static_cast<unsigned>(plan.grid)),
                     plan.threads, plan.shared_bytes, p);
@@ -17,7 +17,7 @@ void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& p
 
 template <typename T>
 void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
-  dispatch_head_dim(plan.head_dim, [&](auto d) {
+  dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
     device.launch(attention_bwd_keys_kernel<T, d()>, dim3(static_cast<unsigned>(plan.grid)), plan.threads,
                   plan.shared_bytes, p);
   });

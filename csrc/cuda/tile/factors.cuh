@@ -175,7 +175,8 @@ struct StripBias {
     for (int j = 0; j < PART; ++j) {
       const int of_block = first_line + (ONE_LINE ? 0 : p.keys.line_of[begin + j]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) line[j][half] = kWithBias ? to_float(lines.at(of_block, row(half))) : 0.f;
+      for (int half = 0; half < 2; ++half)
+        line[j][half] = !kWithBias ? 0.f : ONE_LINE && j > 0 ? line[0][half] : to_float(lines.at(of_block, row(half)));
 #pragma unroll
       for (int e = 0; e < 4; ++e) score[j][e] = kWithBias ? column[begin + j][e] : 0.f;
     }
