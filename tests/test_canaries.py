@@ -35,7 +35,8 @@ SANITIZED = SOON | {
 }
 LATER = {
     "test_logits.py": "emulated and (random or tiny and (longer or one_row))",
-    "test_attention.py": f"emulated and (large_bias or huge or strides or scale or saved or tiny and ({SMALL} or axes or fewer))",
+    "test_attention.py": "emulated and (large_bias or huge or strides or scale or saved "
+    f"or tiny and ({SMALL} or axes or fewer))",
 }
 ALL = "RELPOS_TEST_ALL_CANARIES"
 ALL_IS_WELL = 0  # the number of no bug: the copy is as good as the original
