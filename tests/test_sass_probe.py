@@ -77,7 +77,7 @@ class Built:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     library = tmp_path_factory.mktemp("probe") / "gpu.so"
-    return Built(library, gpu_probe.compile_for_gpu(library, sass.READ_ARCHS, "-Xptxas", "-v"))
+    return Built(library, gpu_probe.compile_for_gpu(library, sass.ARCHS, "-Xptxas", "-v"))
 
 
 @pytest.mark.slow
@@ -103,7 +103,7 @@ def test_nothing_spills_and_no_wgmma_waits_for_another(built: Built):
 
 @needs_tools
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", sass.READ_ARCHS)
+@pytest.mark.parametrize("arch", sass.ARCHS)
 def test_every_wrapper_has_become_its_instruction(built: Built, arch: str):
     kernels = sass.kernels_of(built.library, arch)
     hopper = [k for k in kernels if "selftest" in k.mangled]
