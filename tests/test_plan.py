@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -102,11 +103,14 @@ def test_is_supported(dtype, q_size, k_size, reason):
 ATTENTION_KERNELS = ("forward", "backward_queries", "backward_keys")
 
 
-@pytest.mark.parametrize("arch", PER_BLOCK)
 @pytest.mark.parametrize("kernel", ATTENTION_KERNELS)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("problem", [p for p in MODELS if p.head_dim % 8 == 0], ids=str)
-def test_attention_of_models_fits_every_architecture(arch, kernel, dtype, problem):
+def test_attention_of_models_fits_every_architecture(kernel, problem):
+    for arch, dtype in itertools.product(PER_BLOCK, ("float16", "bfloat16", "float32")):
+        check_attention(arch, kernel, dtype, problem)
+
+
+def check_attention(arch, kernel, dtype, problem):
     sizes = (problem.batch * problem.heads, problem.q_size, problem.k_size, problem.head_dim, problem.prefix)
     p = _loader.plan().plan_attention(kernel, dtype, *sizes, arch, problem.head_dim**-0.5)
     assert p.refusal == ""
