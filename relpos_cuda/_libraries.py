@@ -30,6 +30,7 @@ CPU_KERNELS = ("cpu/logits_kernels.cpp", "cpu/attention_kernels.cpp")  # once pe
 CPU_PAIR_KERNELS = ("cpu/pair_kernels.cpp",)  # for processors with AVX-512-BF16
 CUDA_SOURCES = ("cuda/attention.cu", "cuda/logits.cu", "cuda/table_grad.cu")
 CUDA_KERNELS = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu")  # once per dtype
+CUDA_DTYPES = ("float", "__half", "__nv_bfloat16")
 CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
@@ -156,7 +157,7 @@ def _cuda() -> Library:
     host_flags = (*_COMMON, "-O2", *_env.CXXFLAGS())
     units = [Unit(csrc() / name, flags, compiler="nvcc") for name in CUDA_SOURCES]
     for name in CUDA_KERNELS:  # what compiles longest comes first
-        for dtype in ("float", "__half", "__nv_bfloat16"):
+        for dtype in CUDA_DTYPES:
             units.insert(0, Unit(csrc() / name, (*flags, f"-DRELPOS_TYPE={dtype}"), dtype.strip("_"), compiler="nvcc"))
     units += [Unit(csrc() / name, host_flags) for name in CUDA_HOST_SOURCES]
     return Library(
