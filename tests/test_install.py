@@ -75,7 +75,7 @@ def no_nvcc() -> str:
     return "" if nvcc.version >= (12, 8) else f"{nvcc} does not know all of these architectures"
 
 
-# A counter of one kernel waits in memory while its loop over keys runs.
+# One number of one kernel.
 SPILLED = {
     (f"_ZN6relpos20attention_fwd_kernelI{t}Li64ELi8ELb0EEEvNS_18AttentionFwdParamsE", arch, 4)
     for t in ("6__half", "13__nv_bfloat16")
@@ -87,7 +87,7 @@ ARCHS = ("86", "89", "100", "120")  # test_sass.py builds for sm_80 and sm_90a
 @pytest.mark.slow
 @pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
 def test_cuda_library_for_other_architectures(monkeypatch: pytest.MonkeyPatch):
-    """Builds without a GPU, loads beside any PyTorch, and no kernel spills registers but for one counter.
+    """Builds without a GPU, loads beside any PyTorch, and no kernel spills registers, but for one number of one.
 
     With one head dimension of the attention; test_sass.py reads them all.
     """
