@@ -121,8 +121,8 @@ def fused(
     scale: float | None = None,
 ) -> bool:
     """Whether to call the dispatcher op; it finds its own fallback on devices that have no kernels at all."""
-    if q.device.type not in ("cpu", "cuda"):
-        return True
+    if q.device.type not in (("cuda",) if op == "logits" else ("cpu", "cuda")):
+        return True  # without asking: on the CPU the logits op is a matter of microseconds
     reason = is_supported(q, q_size, k_size, num_prefix_tokens=num_prefix_tokens, op=op, scale=scale)
     if reason is None:
         return True
