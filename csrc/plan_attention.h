@@ -148,7 +148,6 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
   const KeySlots slots(s);
   AttentionBwdKeysShared at{};
-  at.k = kPlaceBytes;
   at.column_blocks = (slots.line < block_keys ? slots.line : block_keys) / 8;
   at.column_ld = 8 * at.column_blocks + (bytes == 2 && at.column_blocks % 2 ? 0 : 16 / bytes);
   const int lines = block_keys / slots.line + 2 + slots.prefix_lines;

@@ -35,7 +35,7 @@ void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, 
   p.q = in_rows("q", q, q, s, s.M());
   p.k = in_rows("k", k, q, s, s.N());
   p.v = in_rows("v", v, q, s, s.N());
-  RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");
+  check_table_alignment(table);
   p.table = table.const_data_ptr();
   p.index = index.const_data_ptr<int32_t>();
   constexpr double kLog2e = 1.4426950408889634;
@@ -54,17 +54,6 @@ AttentionPlan plan_for(AttentionKernel kernel, AttentionParams& p, const OnDevic
   p.block_rows = plan.block_rows;
   p.by_tiles = FastDiv(static_cast<int>(plan.grid / p.shape.groups));
   return plan;
-}
-
-// f(Type<T>) for the dtype of q.
-template <typename F>
-void dispatch_dtype(const Tensor& q, F&& f) {
-  const ScalarType type = q.scalar_type();
-  RELPOS_CHECK(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float,
-               "no attention kernel for ", name_of(type), "; built for float16, bfloat16 and float32");
-  if (type == ScalarType::Half) f(Type<__half>{});
-  if (type == ScalarType::BFloat16) f(Type<__nv_bfloat16>{});
-  if (type == ScalarType::Float) f(Type<float>{});
 }
 
 // What the first kernel of the backward leaves for the second: csrc/plan_attention.h.
@@ -95,7 +84,8 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
 
   const OnDevice device(q);
   const AttentionPlan plan = plan_for(AttentionKernel::kForward, p, device, q);
-  dispatch_dtype(q, [&](auto type) { launch_attention_fwd<typename decltype(type)::type>(device, plan, p); });
+  dispatch_dtype(q.scalar_type(),
+                 [&](auto type) { launch_attention_fwd<typename decltype(type)::type>(device, plan, p); });
 }
 
 void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,
@@ -107,8 +97,7 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   check_buffer("lse", lse, q, ScalarType::Float, s.rows());
-  if (dtable) check_buffer("dtable", *dtable, q, ScalarType::Float, table.numel());
-  if (dtable) check_work_spaces(s, q, factors, partials);
+  if (dtable) check_table_gradient(s, q, *dtable, factors, partials);
   AttentionBwdParams p;
   fill(p, s, q, k, v, table, index, scale);
   p.grad = in_rows("grad", grad, q, s, s.M());
@@ -122,7 +111,7 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
 
   const OnDevice device(q);
   if (s.groups > 0)
-    dispatch_dtype(q, [&](auto type) {
+    dispatch_dtype(q.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
       const AttentionPlan of_queries = plan_for(AttentionKernel::kBackwardQueries, p, device, q);
       launch_attention_bwd_queries<T>(device, of_queries, p);

@@ -71,13 +71,8 @@ struct QueryStage {
                                        const AttentionBwdKeysShared& at, int m0) const {
     constexpr int kChunk = kVector<T>;
     const int M = static_cast<int>(p.shape.M());
-    const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
-      const T* data = rows_of<T>(place, from);
-      copy_rows(to, kQueries, p.shape.D, threadIdx.x, blockDim.x, data,
-                [&](int row) { return m0 + row < M ? data + (m0 + row) * from.row : nullptr; });
-    };
-    copy(q, p.q);
-    copy(grad, p.grad);
+    copy_tokens(q, kQueries, p, place, p.q, m0, M - m0);
+    copy_tokens(grad, kQueries, p, place, p.grad, m0, M - m0);
     const int chunks = at.column_blocks * (8 / kChunk);
     const Factor<T>* all_columns =
         static_cast<const Factor<T>*>(p.columns) + int64_t{place.group} * M * block.slots.line;
@@ -182,14 +177,7 @@ struct AttentionBwdKeys {
   __device__ __forceinline__ void store(const OutRows& to, const float (&d)[1][D / 8][4], float factor,
                                         const Tile<T, D>& rows, const BlockPlace& place, const SlotBlock& block) const {
     if (to.data == nullptr) return;
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i)
-        set_pair(rows.at(first + lane / 4 + half * 8, i * 8 + lane % 4 * 2), d[0][i][2 * half] * factor,
-                 d[0][i][2 * half + 1] * factor);
-    __syncwarp();
+    put_strip(rows, first, d, factor);
     T* data = rows_of<T>(place, to);
     store_rows(rows, first, 16, p.shape.D, [&](int row) {
       const int n = block.token(p.shape, block.first + row);

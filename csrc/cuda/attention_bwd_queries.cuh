@@ -93,8 +93,8 @@ struct AttentionBwdQueries {
   const BlockPlace& block;
   const Coordinates* rows;
   Bias bias;
-  float delta[2], offset[2], class_offset[2];  // offsets: of the exponents, in powers of two
-  float below[2];                              // the largest column factor
+  float delta[2] = {}, offset[2], class_offset[2];  // offsets: of the exponents, in powers of two
+  float below[2];                                   // the largest column factor
   float dq[1][D / 8][4] = {};
   float dcolumn[BLOCKS][4] = {};
 
@@ -114,7 +114,7 @@ struct AttentionBwdQueries {
   __device__ __forceinline__ void begin(const Tile<T, D>& q, const LineFactors<T>& lines, float* stage) {
     lines.fill(p, rows, q, bias.first, stage);
     largest_factors<T>(p, kW, rows, q, bias.first, below);
-    find_delta<T>(p, block, bias.first, delta);
+    if constexpr (sizeof(T) == 2) find_delta<T>(p, block, bias.first, delta);  // float32: use_measured
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int m = bias.row(half);
@@ -272,17 +272,8 @@ struct AttentionBwdQueries {
       add_table_products(p, a, {0, p.shape.axis[a].keys}, rows, bias.first, table_rows, dq, gradient);
     }
     if (p.dq.data == nullptr) return;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int d = 0; d < D / 8; ++d)
-        set_pair(q.at(bias.row(half), d * 8 + threadIdx.x % 4 * 2), dq[0][d][2 * half] * p.scale,
-                 dq[0][d][2 * half + 1] * p.scale);
-    __syncwarp();
-    T* group = rows_of<T>(block, p.dq);
-    store_rows(q, bias.first, 16, p.shape.D, [&](int m) {
-      return m < block.count ? group + static_cast<int64_t>(block.first + m) * p.dq.row : nullptr;
-    });
+    put_strip(q, bias.first, dq, p.scale);
+    store_queries(q, bias.first, p, block, p.dq);
   }
 };
 
@@ -306,8 +297,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
   if (threadIdx.x == 0) find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
   __syncthreads();
   const BlockPlace& block = *reinterpret_cast<const BlockPlace*>(shared);
-  copy_queries(q, p.block_rows, p, block, p.q);
-  copy_queries(grad, p.block_rows, p, block, p.grad);
+  copy_tokens(q, p.block_rows, p, block, p.q, block.first, block.count);
+  copy_tokens(grad, p.block_rows, p, block, p.grad, block.first, block.count);
   cp_async_commit();
   locate_queries(p.shape, block, p.block_rows, rows);
   for (int i = threadIdx.x; i < p.keys.padded_lines * dlines.ld; i += blockDim.x) dlines.data[i] = 0.f;

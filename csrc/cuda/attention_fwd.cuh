@@ -99,10 +99,7 @@ struct AttentionFwd {
         set_pair(rows.at(m, d * 8 + lane % 4 * 2), out[s][d][2 * half] / total, out[s][d][2 * half + 1] / total);
     }
     __syncwarp();
-    T* group = rows_of<T>(block, p.out);
-    store_rows(rows, first, 16, p.shape.D, [&](int m) {
-      return m < block.count ? group + static_cast<int64_t>(block.first + m) * p.out.row : nullptr;
-    });
+    store_queries(rows, first, p, block, p.out);
   }
 };
 
@@ -125,7 +122,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   if (threadIdx.x == 0) find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
   __syncthreads();
   const BlockPlace& block = *reinterpret_cast<const BlockPlace*>(shared);
-  copy_queries(q, p.block_rows, p, block, p.q);
+  copy_tokens(q, p.block_rows, p, block, p.q, block.first, block.count);
   cp_async_commit();
   locate_queries(p.shape, block, p.block_rows, rows);
   cp_async_wait<0>();

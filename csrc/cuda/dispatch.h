@@ -7,10 +7,24 @@ namespace relpos {
 
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
+// Kernels read rows of the table by vectors of 16 bytes.
+inline void check_table_alignment(const Tensor& table) {
+  RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");
+}
+
 template <typename T>
 struct Type {
   using type = T;
 };
+
+// f(Type<T>) for the dtype of q.
+template <typename F>
+void dispatch_dtype(ScalarType q, F&& f) {
+  if (q == ScalarType::Float) return f(Type<float>{});
+  if (q == ScalarType::Half) return f(Type<__half>{});
+  if (q == ScalarType::BFloat16) return f(Type<__nv_bfloat16>{});
+  RELPOS_CHECK(false, "no kernel for ", name_of(q), "; built for float16, bfloat16 and float32");
+}
 
 // f(Type<S>, Type<T>) for the dtypes of the logits and of q: the same, or float32 logits with half precision q.
 template <typename F>

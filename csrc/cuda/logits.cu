@@ -16,11 +16,6 @@
 namespace relpos {
 namespace {
 
-// Kernels read rows of the table by vectors of 16 bytes.
-void check_table_alignment(const Tensor& table) {
-  RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");
-}
-
 void fill(LogitsParams& p, const Shape& s, const QueryStrides& strides, const Tensor& q, const Tensor& table,
           const Tensor& index, const LogitsPlan& plan) {
   RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
@@ -73,8 +68,7 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
   check_buffer("grad", grad, q, grad.scalar_type(), s.rows() * s.N());
   check_table_alignment(table);
   if (dq) check_buffer("dq", *dq, q, q.scalar_type(), q.numel());
-  if (dtable) check_buffer("dtable", *dtable, q, ScalarType::Float, table.numel());
-  if (dtable) check_work_spaces(s, q, factors, partials);
+  if (dtable) check_table_gradient(s, q, *dtable, factors, partials);
   const OnDevice device(grad);
   dispatch_dtypes(grad.scalar_type(), q.scalar_type(), [&](auto grad_type, auto q_type) {
     using S = typename decltype(grad_type)::type;

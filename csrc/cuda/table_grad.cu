@@ -5,8 +5,9 @@
 
 namespace relpos {
 
-void check_work_spaces(const Shape& s, const Tensor& q, const std::optional<Tensor>& factors,
-                       const std::optional<Tensor>& partials) {
+void check_table_gradient(const Shape& s, const Tensor& q, const Tensor& dtable, const std::optional<Tensor>& factors,
+                          const std::optional<Tensor>& partials) {
+  check_buffer("dtable", dtable, q, ScalarType::Float, int64_t{s.table_rows()} * s.D);
   RELPOS_CHECK(factors && partials, "dtable needs the work spaces factors and partials");
   int64_t pairs = 0;
   for (const Axis& a : s.axis) pairs += a.rows ? static_cast<int64_t>(a.queries) * a.keys : 0;
@@ -37,7 +38,7 @@ void launch_table_gradient(const OnDevice& device, const Shape& s, const QuerySt
     inner *= s.axis[a].queries;
     coordinates += s.axis[a].rows ? s.axis[a].queries : 0;
   }
-  dispatch_dtypes(q.scalar_type(), q.scalar_type(), [&](auto, auto type) {
+  dispatch_dtype(q.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const bool mma = sizeof(T) == 2 && s.D % 8 == 0;
     auto kernel = table_partial_kernel<T, false>;

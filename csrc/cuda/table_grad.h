@@ -7,8 +7,9 @@
 
 namespace relpos {
 
-void check_work_spaces(const Shape& s, const Tensor& q, const std::optional<Tensor>& factors,
-                       const std::optional<Tensor>& partials);
+// dtable and the work spaces of the kernels below.
+void check_table_gradient(const Shape& s, const Tensor& q, const Tensor& dtable, const std::optional<Tensor>& factors,
+                          const std::optional<Tensor>& partials);
 
 // From the gradient of the factors [rows, factors]; partials [splits, pairs of coordinates, D].
 void launch_table_gradient(const OnDevice& device, const Shape& s, const QueryStrides& strides, const Tensor& q,

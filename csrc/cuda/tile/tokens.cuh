@@ -57,14 +57,13 @@ __device__ __forceinline__ void copy_rows(const Tile<T, D>& to, int rows, int wi
   }
 }
 
-// Rows first .. first + rows - 1 of one group, zeros from `count` on.
+// Tokens first .. first + rows - 1 of the block's group, zeros from `count` on.
 template <typename T, int D>
-__device__ __forceinline__ void copy_queries(const Tile<T, D>& to, int rows, const AttentionParams& p,
-                                             const BlockPlace& block, const InRows& from) {
+__device__ __forceinline__ void copy_tokens(const Tile<T, D>& to, int rows, const AttentionParams& p,
+                                            const BlockPlace& block, const InRows& from, int first, int count) {
   const T* group = rows_of<T>(block, from);
-  copy_rows(to, rows, p.shape.D, threadIdx.x, blockDim.x, group, [&](int row) {
-    return row < block.count ? group + static_cast<int64_t>(block.first + row) * from.row : nullptr;
-  });
+  copy_rows(to, rows, p.shape.D, threadIdx.x, blockDim.x, group,
+            [&](int row) { return row < count ? group + (first + row) * from.row : nullptr; });
 }
 
 // Stores a warp's `rows` rows of a tile, as far as tokens exist, to out(row) (null: there is none), 16 bytes at a time.
@@ -81,6 +80,29 @@ __device__ __forceinline__ void store_rows(const Tile<T, D>& from, int first, in
         *reinterpret_cast<uint4*>(to + d) = *reinterpret_cast<const uint4*>(from.chunk(first + row, chunk));
     }
   }
+}
+
+// Stores a warp's strip of 16 queries of the block, as far as they exist.
+template <typename T, int D>
+__device__ __forceinline__ void store_queries(const Tile<T, D>& from, int first, const AttentionParams& p,
+                                              const BlockPlace& block, const OutRows& to) {
+  T* group = rows_of<T>(block, to);
+  store_rows(from, first, 16, p.shape.D,
+             [&](int m) { return m < block.count ? group + (block.first + m) * to.row : nullptr; });
+}
+
+// The lane's share of a strip of results, times `factor`, into rows `first` .. of a tile; for the whole warp to read.
+template <typename T, int D>
+__device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const float (&x)[1][D / 8][4],
+                                          float factor) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int d = 0; d < D / 8; ++d)
+      set_pair(to.at(first + lane / 4 + half * 8, d * 8 + lane % 4 * 2), x[0][d][2 * half] * factor,
+               x[0][d][2 * half + 1] * factor);
+  __syncwarp();
 }
 
 // ---- keys
