@@ -159,8 +159,8 @@ struct StripBias {
       for (int e = 0; e < 4; ++e) {
         const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2;
         const bool biased = span.of_lines && rows[row(e / 2)].of[kW] >= 0;
-        const float x = biased ? stage[(row(e / 2) - first) * kLd + at] : of_class[e / 2];
-        column[j][e] = at >= span.columns ? -INFINITY : x;
+        const float none = span.of_lines ? 0.f : of_class[e / 2];
+        column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[(row(e / 2) - first) * kLd + at] : none;
       }
     __syncwarp();  // before the next strip overwrites the stage
   }
