@@ -2,6 +2,6 @@
 
 import sys
 
-from .logits import main
+from .run import main
 
 sys.exit(main())

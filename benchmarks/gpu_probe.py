@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -27,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(ROOT / "tests"))
 
 import relpos_cuda  # noqa: E402
-from problems import TINY, draw, run  # noqa: E402
+from problems import TINY, draw, draw_attention, run, run_attention  # noqa: E402
 from relpos_cuda import _libraries, _loader, _toolchain  # noqa: E402
 from simt import cases_sm90, toolchain  # noqa: E402
 from simt.selftest_sm90 import Selftest  # noqa: E402
@@ -151,26 +152,36 @@ def tiny() -> int:
         for dtype, attn_dtype in SANITIZED_DTYPES:  # of q, of the logits
             inputs = draw(problem, dtype, attn_dtype)
             got = run(relpos_cuda.add_decomposed_rel_pos, problem, inputs, dtype, "cuda", attn_dtype)
-            torch.cuda.synchronize()
-            if not all(t.isfinite().all() for t in (x.cpu() for x in got)):
-                raise SystemExit(f"{problem}, {dtype}: a result is not finite")
+            must_be_finite(got, f"logits, {problem}, {dtype}")
+            if problem.head_dim % 8:
+                continue  # the attention has no kernel for it
+            attended = draw_attention(problem, dtype)
+            got = run_attention(relpos_cuda.rel_pos_attention, problem, attended, dtype, "cuda")
+            must_be_finite(got, f"attention, {problem}, {dtype}")
         print(problem, flush=True)
     return 0
 
 
+def must_be_finite(results: Iterable[Tensor], what: str) -> None:
+    torch.cuda.synchronize()
+    if not all(t.isfinite().all() for t in (x.cpu() for x in results)):
+        raise SystemExit(f"{what}: a result is not finite")
+
+
 def layers() -> int:
-    from .logits import peers_of
+    from . import attention, logits
 
     require_kernels()
-    for name in PROFILED:
-        ours = peers_of(CASES[name], torch.bfloat16, "cuda", compiled=False)["forward + backward: ours, in place"]
+    for op, name in itertools.product((logits, attention), PROFILED):
+        peers = op.peers_of(CASES[name], torch.bfloat16, "cuda", compiled=False)
+        ours = peers[f"forward + backward: {op.OURS}"]
         ours()  # compiles, loads, allocates
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         ours()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-        print(f"{CASES[name]}, bfloat16, forward and backward", flush=True)
+        print(f"{op.__name__}: {CASES[name]}, bfloat16, forward and backward", flush=True)
     return 0
 
 

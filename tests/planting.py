@@ -286,7 +286,7 @@ def _indices(code: str) -> Iterator[tuple[int, int]]:
     for match in re.finditer(r"(?<=[\w\])])\[", code):
         begin, end = match.end(), _closing(code, match.start())
         line = code[code.rfind("\n", 0, match.start()) + 1 : match.start()]
-        is_declaration = re.search(r"\b(?:float|int|uint32_t|uint4|T|S) \(?&?\w+\)?(?:\[.*\])?$", line)
+        is_declaration = re.search(r"\b(?:float|int|uint32_t|uint4|T|S) (?:\w+\[.*\], )*\(?&?\w+\)?(?:\[.*\])?$", line)
         is_axis = re.fullmatch(r"k[A-Z]\w*|(\w+\.)?a", code[begin:end])
         if re.search(r"[a-z]", code[begin:end]) and not is_declaration and not is_axis:
             yield begin, end

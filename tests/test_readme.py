@@ -30,12 +30,14 @@ def test_environment_table():
     assert _env.markdown_table() in README
 
 
-def test_measured_rows_are_those_of_a_committed_result(monkeypatch: pytest.MonkeyPatch):
+def test_measured_rows_are_those_of_committed_results(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import report
 
-    (result,) = re.findall(r"\(benchmarks/results/cpu/(.*?\.json)\)", README)
-    assert report.table(ROOT / "benchmarks/results/cpu" / result) in README
+    results = re.findall(r"\[all rows with their spread\]\((benchmarks/results/cpu/.*?\.json)\)", README)
+    assert len(results) == len(report.PEERS)
+    for op, result in zip(report.PEERS, results, strict=True):
+        assert report.table(op, ROOT / result) in README
 
 
 @pytest.mark.parametrize("name", relpos_cuda.__all__)

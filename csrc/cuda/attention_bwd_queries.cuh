@@ -264,7 +264,6 @@ struct AttentionBwdQueries {
   }
 
   __device__ __forceinline__ void end(const LineGradients& dlines, const Tile<T, D>& table_rows, const Tile<T, D>& q) {
-    __syncwarp();
     for (int a = kT; a < kW; ++a) {
       if (p.shape.axis[a].rows == 0) continue;
       const auto gradient = [&](int row, int key) { return dlines.of_axis(p.shape, a, key, bias.first + row); };

@@ -29,9 +29,11 @@ __device__ __forceinline__ void strip_range(const AttentionParams& p, int a, con
     least = min(least, __shfl_xor_sync(~0u, least, x));
     most = max(most, __shfl_xor_sync(~0u, most, x));
   }
+  low = 0, high = -1;
+  if (most < 0) return;
   const int32_t* of_axis = p.index + axis.index;
-  low = most < 0 ? 0 : of_axis[least * axis.keys + keys.end - 1];
-  high = most < 0 ? -1 : of_axis[most * axis.keys + keys.begin];
+  low = of_axis[least * axis.keys + keys.end - 1];
+  high = of_axis[most * axis.keys + keys.begin];
 }
 
 // put(half, row, key, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
