@@ -8,8 +8,8 @@
     8                                              bug 8 was not
 
 Tests are collected once; every bug gets a fork of that process, so that one may crash, hang or be ended by a sanitizer
-without harm to the next. The test that noticed a bug runs first for the next. Bug 0 is none, and should come first: it
-tells how long each test takes, and a test that then takes far longer hangs.
+without harm to the next. The tests that noticed most bugs per second of theirs run first. Bug 0 is none, and must come
+first: it tells how long each test takes, and a test that then takes far longer hangs.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class RunForEveryBug:
         library = ctypes.CDLL(os.environ[emulator.INSTEAD])
         bug_of_library = ctypes.c_int.in_dll(library, "relpos_planted_bug")
         order = list(range(len(session.items)))
+        noticed = [0] * len(order)
         # Shared with the forks: the seconds of each test, and behind them which one is under way.
         shared = memoryview(mmap.mmap(-1, 8 * (len(order) + 1))).cast("d")
         for line in sys.stdin:
@@ -51,9 +52,9 @@ class RunForEveryBug:
             noticed_by = ""
             if status:
                 number = int(shared[-1])
-                order.remove(number)
-                order.insert(0, number)
+                noticed[number] += 1
                 noticed_by = session.items[number].nodeid
+            order.sort(key=lambda test: shared[test] / (noticed[test] + 1))
             print(bug, noticed_by, file=self.answers, flush=True)
         return True
 
