@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +15,14 @@ import torch
 import relpos_cuda
 from checks import assert_close_as_eager
 from relpos_cuda import reference
+from relpos_cuda.integrations import transformers as integration
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {path.stem: path for path in sorted(GOLDEN.glob("*.npz"))}
-LOGITS = [name for name in FILES if "attn" not in name and "sdpa" not in name and "tables" not in name]
+LOGITS = [name for name in FILES if "logits" in name or "mvitv2" in name]
 ATTENTION = [name for name in FILES if name.startswith(("hf_attn", "hf_sdpa"))]
+TABLES, ENCODER = "hf_get_rel_pos_tables", "hf_sam_encoder_8x8_w3"
+LEARNED = ("rel_pos_h", "rel_pos_w")
 
 
 def load(name: str) -> tuple[dict[str, torch.Tensor], dict]:
@@ -32,7 +38,7 @@ def grids(arrays: dict, meta: dict) -> dict:
 
 
 def test_all_files_are_used():
-    assert len(FILES) == 17
+    assert sorted([*LOGITS, *ATTENTION, TABLES, ENCODER]) == list(FILES)
     assert len(LOGITS) == 8 and len(ATTENTION) == 8
 
 
@@ -100,14 +106,91 @@ def compare_attention(function, name: str, device: str) -> None:
 
 
 def table_cases() -> list[tuple[int, int, int]]:
-    arrays, _ = load("hf_get_rel_pos_tables")
+    arrays, _ = load(TABLES)
     return [tuple(map(int, key.split("_")[1:])) for key in arrays if key.startswith("R_")]
 
 
 @pytest.mark.parametrize("q,k,rows", table_cases())
 def test_get_rel_pos(q: int, k: int, rows: int):
-    arrays, _ = load("hf_get_rel_pos_tables")
+    arrays, _ = load(TABLES)
     assert torch.equal(relpos_cuda.tables.index(q, k), arrays[f"index_{q}_{k}"].long())
     table = arrays[f"table_{q}_{k}_{rows}"]
     assert torch.equal(relpos_cuda.tables.resize(table, 2 * max(q, k) - 1), arrays[f"resized_{q}_{k}_{rows}"])
     assert torch.equal(relpos_cuda.get_rel_pos(q, k, table), arrays[f"R_{q}_{k}_{rows}"])
+
+
+def encoder_as_shipped(arrays: dict, meta: dict) -> torch.nn.Module:
+    """Two layers: one with windows that do not divide the grid, one over the whole grid."""
+    pytest.importorskip("transformers")
+    modeling_sam = pytest.importorskip("transformers.models.sam.modeling_sam")
+    weights = {name.removeprefix("param:"): a for name, a in arrays.items() if name.startswith("param:")}
+    weights |= {f"layers.{i}.attn.{name}": arrays[f"layer{i}_{name}"] for i in (0, 1) for name in LEARNED}
+    config = modeling_sam.SamVisionConfig(
+        hidden_size=meta["config"]["hidden_size"],
+        num_attention_heads=meta["config"]["heads"],
+        window_size=meta["config"]["window"],
+        num_hidden_layers=2,
+        global_attn_indexes=[1],
+        mlp_dim=len(weights["layers.0.mlp.lin1.bias"]),
+        output_channels=len(weights["neck.layer_norm1.bias"]),
+        patch_size=weights["patch_embed.projection.weight"].shape[-1],
+        image_size=arrays["pixel_values"].shape[-1],
+        attn_implementation="eager",
+    )
+    model = modeling_sam.SamVisionEncoder(config)
+    model.load_state_dict(weights)
+    return model
+
+
+def run_encoder(model: torch.nn.Module, arrays: dict, dtype: torch.dtype, device: str = "cpu") -> dict:
+    """All that the file has: what goes through the layers, the output, the gradients of the tables."""
+    model = model.to(device, dtype)
+    got = {}
+    for i, layer in enumerate(model.layers):
+        layer.attn.qkv.register_forward_hook(lambda _, x, out, i=i: got.update({f"layer{i}_qkv": out}))
+        layer.attn.proj.register_forward_pre_hook(lambda _, x, i=i: got.update({f"layer{i}_attn_out": x[0]}))
+    tables = {f"dlayer{i}_{name}": getattr(model.layers[i].attn, name) for i in (0, 1) for name in LEARNED}
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # for the convolutions, on a GPU
+        out = model(arrays["pixel_values"].to(device, dtype)).last_hidden_state
+        grads = torch.autograd.grad(out, list(tables.values()), arrays["grad_out"].to(device, dtype))
+    return {**got, "last_hidden_state": out, **dict(zip(tables, grads, strict=True))}
+
+
+def test_the_file_of_the_encoder_is_read_as_it_was_written():
+    """Its numbers are judged here, by the library's model: another config would move its float64 with it."""
+    arrays, meta = load(ENCODER)
+    exact, eager = (
+        run_encoder(encoder_as_shipped(arrays, meta), arrays, dtype) for dtype in (torch.float64, torch.float32)
+    )
+    assert len(exact) == 9
+    for key, value in eager.items():
+        assert_close_as_eager(arrays[key], value, exact[key], key)
+
+
+def compare_encoder(change: Callable[[torch.nn.Module], object], device: str) -> None:
+    arrays, meta = load(ENCODER)
+    exact = run_encoder(encoder_as_shipped(arrays, meta), arrays, torch.float64)
+    model = encoder_as_shipped(arrays, meta)
+    change(model)
+    for key, value in run_encoder(model, arrays, torch.float32, device).items():
+        assert_close_as_eager(value, arrays[key], exact[key], key)
+
+
+def test_encoder_patched(device: str):
+    compare_encoder(integration.patch, device)
+
+
+def test_encoder_on_the_attention_op(device: str):
+    def use_the_op(model: torch.nn.Module) -> None:
+        for layer in model.layers:
+            layer.attn.forward = types.MethodType(on_the_attention_op, layer.attn)
+
+    compare_encoder(use_the_op, device)
+
+
+def on_the_attention_op(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+    batch, *grid, _ = hidden_states.shape
+    qkv = self.qkv(hidden_states).reshape(batch, math.prod(grid), 3, self.num_attention_heads, -1)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    out = relpos_cuda.rel_pos_attention(q, k, v, self.rel_pos_h, self.rel_pos_w, grid, grid, scale=self.scale)
+    return self.proj(out.transpose(1, 2).reshape(hidden_states.shape)), None

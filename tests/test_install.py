@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from relpos_cuda import _build, _toolchain
+import relpos_cuda
+from relpos_cuda import _build, _self_check, _toolchain
 from relpos_cuda._build import BuildError
 
 ROOT = Path(__file__).parent.parent
@@ -59,12 +60,32 @@ def test_commands(tmp_path: Path):
     assert done.returncode == 1 and "no-such-compiler" in done.stdout
     few = {"RELPOS_CUDA_NVCCFLAGS": "-DRELPOS_FEW_KERNELS"}  # seconds instead of minutes, should CUDA be compiled
     done = command("check", **few)
-    assert (done.returncode, done.stdout.count("native kernels  ok")) == (0, 3), done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert (done.returncode, len(lines)) == (0, 12 if torch.cuda.is_available() else 6), done.stdout + done.stderr
+    assert all(line.endswith("native kernels  ok") for line in lines)
     done = command("info", RELPOS_CUDA_NO_JIT="1", RELPOS_CUDA_CACHE_DIR=str(tmp_path / "empty"))
     assert done.returncode == 0, done.stderr
     assert "RELPOS_CUDA_NO_JIT" in done.stdout and "failed: none was built at installation" in done.stdout
     done = command("info", **few)
-    assert re.search(r"90 +SAM-H +global +backward +bfloat16 +logits_bwd", done.stdout), done.stdout + done.stderr
+    for plan in ("backward +bfloat16 +logits_bwd", "backward_keys +float32 +attention_bwd_keys"):
+        assert re.search(f"90 +SAM-H +global +{plan}", done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "op,function,gradient",
+    [("logits", "add_decomposed_rel_pos", "d attn"), ("attention", "rel_pos_attention", "d q")],
+)
+def test_check_says_what_is_wrong(
+    op: str, function: str, gradient: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def wrong(x: torch.Tensor, *others: object) -> torch.Tensor:
+        return right(x, *others) + 0.1 * (x - x.detach())  # in one gradient only
+
+    right = getattr(relpos_cuda, function)
+    monkeypatch.setattr(relpos_cuda, function, wrong)
+    assert _self_check.check() == 1
+    for line in capsys.readouterr().out.splitlines():
+        assert re.search(f"native kernels  {gradient} is off by [^;]+$" if f" {op} " in line else "ok$", line)
 
 
 def no_nvcc() -> str:
