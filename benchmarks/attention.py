@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import relpos_cuda
-from relpos_cuda import reference
 
 from .cases import Case
 from .peers import Peer, Peers, by_pass, factors, must_be_right, normal, tables_of, without_gradients
@@ -72,5 +71,6 @@ def peers_of(case: Case, dtype: torch.dtype, device: str, compiled: bool) -> Pee
 def check(case: Case, q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor]) -> None:
     """The first head."""
     one = [t.detach() for t in (q[:, :1], k[:, :1], v[:, :1], *tables)]
-    exact = reference.rel_pos_attention(*(t.double() for t in one), case.q_size, case.k_size)
-    must_be_right(case, relpos_cuda.rel_pos_attention(*one, case.q_size, case.k_size), exact)
+    grids = (case.q_size, case.k_size)
+    exact = eager(*(t.double() for t in one), *grids)
+    must_be_right(case, relpos_cuda.rel_pos_attention(*one, *grids), eager(*one, *grids), exact)

@@ -88,5 +88,6 @@ def peers_of(case: Case, dtype: torch.dtype, device: str, compiled: bool) -> Pee
 def check(case: Case, attn: Tensor, q: Tensor, tables: list[Tensor]) -> None:
     """The first group."""
     one = [t.detach() for t in (attn[:1], q[:1], *tables)]
-    exact = eager(*(t.double() for t in one), case.q_size, case.k_size)
-    must_be_right(case, relpos_cuda.add_decomposed_rel_pos(*one, case.q_size, case.k_size), exact)
+    grids = (case.q_size, case.k_size)
+    exact = eager(*(t.double() for t in one), *grids)
+    must_be_right(case, relpos_cuda.add_decomposed_rel_pos(*one, *grids), eager(*one, *grids), exact)
