@@ -2,7 +2,7 @@
 # make build   compile the native libraries                 make format   lay out Python, C++ and CUDA
 # make test    run the tests                                make lint     check layout, style and types
 # make demo    a SAM encoder on a photograph                make clean    remove what these made
-# make canaries  plant every bug in the kernels; make test leaves out three of four in those of the attention
+# make canaries  plant every bug in the kernels; make test leaves out those of the attention
 #
 # Needs python3, g++ and make; nvcc too, to compile the CUDA kernels.
 
