@@ -64,9 +64,10 @@ def logits(function, arrays: dict, meta: dict, dtype: torch.dtype, device: str =
 def test_logits(name: str, inplace: bool, device: str):
     arrays, meta = load(name)
     arrays["dattn"] = arrays["grad_out"]
-    exact = logits(reference.add_decomposed_rel_pos, arrays, meta, torch.float64)
+    exact, eager = (logits(reference.add_decomposed_rel_pos, arrays, meta, d) for d in (torch.float64, torch.float32))
     got = logits(relpos_cuda.add_decomposed_rel_pos, arrays, meta, torch.float32, device, inplace=inplace)
     for key, value in got.items():
+        assert_close_as_eager(arrays[key], eager[key], exact[key], f"{key} of the file")
         assert_close_as_eager(value, arrays[key], exact[key], key)
 
 
@@ -95,13 +96,14 @@ def test_attention(name: str, device: str):
 
 def compare_attention(function, name: str, device: str) -> None:
     arrays, meta = load(name)
-    exact = attention(reference.rel_pos_attention, arrays, meta, torch.float64)
+    exact, eager = (attention(reference.rel_pos_attention, arrays, meta, d) for d in (torch.float64, torch.float32))
     got = attention(function, arrays, meta, torch.float32, device)
     largest = max(e.abs().max().item() for e in exact.values())
     for key, value in got.items():
         if exact[key].abs().max() < 1e-9 * largest:  # one row of keys: its gradient is zero up to rounding
             assert value.abs().max() <= 64 * torch.finfo(torch.float32).eps * largest, key
         else:
+            assert_close_as_eager(arrays[key], eager[key], exact[key], f"{key} of the file")
             assert_close_as_eager(value, arrays[key], exact[key], key)
 
 
