@@ -169,19 +169,19 @@ def must_be_finite(results: Iterable[Tensor], what: str) -> None:
 
 
 def layers() -> int:
-    from . import attention, logits
+    from .run import OPS
 
     require_kernels()
-    for op, name in itertools.product((logits, attention), PROFILED):
-        peers = op.peers_of(CASES[name], torch.bfloat16, "cuda", compiled=False)
-        ours = peers[f"forward + backward: {op.OURS}"]
+    for op, name in itertools.product(OPS, PROFILED):
+        peers = OPS[op].peers_of(CASES[name], torch.bfloat16, "cuda", compiled=False)
+        ours = peers[f"forward + backward: {OPS[op].OURS}"]
         ours()  # compiles, loads, allocates
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
         ours()
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
-        print(f"{op.__name__}: {CASES[name]}, bfloat16, forward and backward", flush=True)
+        print(f"{op}, {CASES[name]}, bfloat16, forward and backward", flush=True)
     return 0
 
 

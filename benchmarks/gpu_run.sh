@@ -119,8 +119,8 @@ step_bench() {
 step_profile() {
   local metrics
   metrics=$("$PYTHON" -m benchmarks.gpu_probe metrics)
-  try ncu --clock-control none --profile-from-start off --kernel-name 'regex:logits_|attention_|table_' --metrics "$metrics" \
-    --csv --page raw --log-file "$OUT/profile.csv" "$PYTHON" -m benchmarks.gpu_probe layers
+  try ncu --clock-control none --profile-from-start off --kernel-name 'regex:logits_|attention_|table_' \
+    --metrics "$metrics" --csv --page raw --log-file "$OUT/profile.csv" "$PYTHON" -m benchmarks.gpu_probe layers
   try "$PYTHON" -m benchmarks.gpu_probe table "$OUT/profile.csv" || cat "$OUT/profile.csv"
 }
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from relpos_cuda import reference
+from relpos_cuda._self_check import complaint
 
 from .cases import Case
 
@@ -45,9 +46,7 @@ def by_pass(passes: dict[str, Peers]) -> Peers:
     return {f"{direction}: {name}": peer for direction, peers in passes.items() for name, peer in peers.items()}
 
 
-def must_be_right(case: Case, ours: Tensor, rival: Tensor, exact: Tensor) -> None:
-    """Right before fast, by the rule of the tests; the rival is the formula in the same dtype, exact in float64."""
-    error, error_of_rival = (((x.double() - exact).norm() / exact.norm()).item() for x in (ours, rival))
-    allowed = 2 * error_of_rival + torch.finfo(ours.dtype).eps
-    if not error <= allowed:
-        raise SystemExit(f"{case}: wrong result, relative error {error:.1e}, allowed {allowed:.1e}")
+def must_be_right(case: Case, ours: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """Right before fast: as ``python -m relpos_cuda check`` judges."""
+    if wrong := complaint(ours.double(), eager.double(), exact, ours.dtype):
+        raise SystemExit(f"{case}: wrong result, {wrong}")
