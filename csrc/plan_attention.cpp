@@ -25,6 +25,34 @@ std::string refusal_of(const Shape& s, double scale) {
   return "";
 }
 
+std::string window_refusal(const Shape& s, int bytes) {
+  const KeySlots slots(s);
+  const int64_t count = slots.count(s);
+  if (bytes != 2) return "windows are of half precision";
+  if (kernel_head_dim(s.D, bytes) > kMostWindowD) return with("windows have a D up to 80, not ", s.D);
+  if (slots.line > kMostWindowLine) return with("lines of a window have up to 16 keys, not ", s.axis[kW].keys);
+  if (count > kMostWindowSlots) return with("windows have up to 256 slots of keys, not ", count);
+  const int64_t most = kWindowPasses * ceil_div<int64_t>(count, kWindowSlots) * 16;
+  if (s.M() > most) return with("a window with these keys has too many queries: ", s.M());
+  return "";
+}
+
+AttentionPlan plan_window(const Shape& s, int bytes, int arch, double scale) {
+  AttentionPlan plan;
+  plan.refusal = refusal_of(s, scale);
+  if (plan.refusal.empty()) plan.refusal = window_refusal(s, bytes);
+  if (!plan.refusal.empty()) return plan;
+  const int warps = static_cast<int>(ceil_div<int64_t>(KeySlots(s).count(s), kWindowSlots));
+  plan.head_dim = kernel_head_dim(s.D, bytes);
+  plan.threads = warps * 32;
+  plan.block_rows = warps * 16;
+  plan.shared_bytes = attention_bwd_window_shared(s, plan.block_rows, plan.head_dim).total;
+  plan.grid = s.groups;
+  if (plan.shared_bytes > shared_limits(arch).per_block)
+    plan.refusal = with("shared memory is too small for a window of bytes: ", plan.shared_bytes);
+  return plan;
+}
+
 }  // namespace
 
 KeyTiling tile_keys(const Shape& s, int bytes) {
@@ -51,11 +79,13 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
 std::string AttentionPlan::kernel(AttentionKernel which) const {
   if (!refusal.empty()) return "none";
   if (which == AttentionKernel::kBackwardKeys) return with("attention_bwd_keys_d", head_dim);
+  if (which == AttentionKernel::kBackwardWindow) return with("attention_bwd_window_d", head_dim);
   const char* name = which == AttentionKernel::kForward ? "attention_fwd_d" : "attention_bwd_queries_d";
   return with(name, head_dim) + (keys.one_line ? "_line_" : "_lines_") + std::to_string(keys.keys());
 }
 
 AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, int arch, double scale) {
+  if (kernel == AttentionKernel::kBackwardWindow) return plan_window(s, bytes, arch, scale);
   AttentionPlan plan;
   plan.refusal = refusal_of(s, scale);
   if (!plan.refusal.empty()) return plan;

@@ -164,7 +164,39 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   return at;
 }
 
-enum class AttentionKernel { kForward, kBackwardQueries, kBackwardKeys };
+// Backward of windows, in one pass: half precision, all slots of keys in shared memory, a block per group. Each warp
+// has 32 slots and, of every pass over the queries, one strip of 16.
+constexpr int kWindowSlots = 32, kWindowPasses = 2, kMostWindowSlots = kMostAttentionThreads, kMostWindowLine = 16;
+constexpr int kMostWindowD = 80;  // registers
+constexpr int64_t kSlotBlockBytes = 32;
+
+struct AttentionBwdWindowShared {
+  int64_t slots, rows, delta, lines, columns, k, v, q, grad, ds, total;
+  int column_ld, ds_ld;  // elements
+};
+// block_rows: queries of a pass; of slots there are twice as many.
+RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(const Shape& s, int block_rows, int D) {
+  constexpr int kHalf = 2;
+  const int64_t rows_bytes = int64_t{block_rows} * tile_ld(D, kHalf) * kHalf;
+  const KeySlots slots(s);
+  AttentionBwdWindowShared at{};
+  at.column_ld = slots.line == 8 ? 8 : 24;  // an odd number of vectors of 16 bytes, as that of ds
+  at.ds_ld = block_rows + 8;
+  at.slots = kWindowPasses * kPlaceBytes;
+  at.rows = at.slots + kSlotBlockBytes;
+  at.delta = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
+  at.lines = at.delta + block_rows * 4;
+  at.columns = at.lines + int64_t{slots.lines(s)} * block_rows * 4;
+  at.k = at.columns + int64_t{block_rows} * at.column_ld * kHalf;
+  at.v = at.k + 2 * rows_bytes;
+  at.q = at.v + 2 * rows_bytes;
+  at.grad = at.q + rows_bytes;
+  at.ds = at.grad + rows_bytes;
+  at.total = at.ds + int64_t{2} * block_rows * at.ds_ld * kHalf;
+  return at;
+}
+
+enum class AttentionKernel { kForward, kBackwardQueries, kBackwardKeys, kBackwardWindow };
 
 struct AttentionPlan {
   std::string refusal;  // why no kernel takes the problem; empty if one does

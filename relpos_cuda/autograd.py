@@ -179,9 +179,12 @@ def _factor_cache(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of the CUDA backward: the factors, from the kernel that makes dq to the one that makes dk and dv.
 
-    ``csrc/plan_attention.h`` says what is where; float16, not bfloat16, beside half precision q.
+    ``csrc/plan_attention.h`` says what is where; float16, not bfloat16, beside half precision q. None if one kernel
+    makes them all.
     """
     if not key_gradient or not _needs_work_spaces(q):
+        return None, None
+    if support.backward_in_one_pass(q, q_size, k_size, num_prefix_tokens):
         return None, None
     groups, queries = q.shape[:-2].numel(), q.shape[-2]
     lines = math.prod(k_size[:-1]) + (num_prefix_tokens > 0) + (2 if q.dtype == torch.float32 else 1)

@@ -93,6 +93,20 @@ def refusal(
     return _without_kernels("cuda", op) if torch.cuda.is_available() else None
 
 
+def backward_in_one_pass(q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int) -> bool:
+    """Whether one CUDA kernel makes all gradients of the attention, without a cache of the factors."""
+    return _one_pass(_arch(q.device), q.dtype, q_size, k_size, operator.index(q.shape[-1]), num_prefix_tokens)
+
+
+def _one_pass(arch: int, dtype: torch.dtype, *problem: Any) -> bool:
+    planner = _loader.plan()
+    name = str(dtype).removeprefix("torch.")
+    return planner is not None and not planner.plan_attention("backward_window", name, 1, *problem, arch, 1.0).refusal
+
+
+_one_pass._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def _without_kernels(kind: str, op: str) -> str | None:
     if not _loader.load(kind):
         return f"the {kind.upper()} library is not usable: {_loader.status()[kind].reason}"

@@ -106,13 +106,18 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
   if (dq) p.dq = out_rows("dq", *dq, q, s, s.M());
   if (dk) p.dk = out_rows("dk", *dk, q, s, s.N());
   if (dv) p.dv = out_rows("dv", *dv, q, s, s.N());
-  if (dk || dv) use_cache(p, q, columns, lines);
+  const bool in_one_pass = (dk || dv) && !columns && !lines;
+  if ((dk || dv) && !in_one_pass) use_cache(p, q, columns, lines);
   p.dfactors = dtable ? factors->mutable_data_ptr<float>() : nullptr;
 
   const OnDevice device(q);
   if (s.groups > 0)
     dispatch_dtype(q.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
+      if (in_one_pass) {
+        const AttentionPlan of_window = plan_for(AttentionKernel::kBackwardWindow, p, device, q);
+        return launch_attention_bwd_window<T>(device, of_window, p);
+      }
       const AttentionPlan of_queries = plan_for(AttentionKernel::kBackwardQueries, p, device, q);
       launch_attention_bwd_queries<T>(device, of_queries, p);
       if (!dk && !dv) return;

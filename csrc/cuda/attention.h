@@ -12,6 +12,8 @@ template <typename T>
 void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 template <typename T>
 void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+template <typename T>
+void launch_attention_bwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 
 template <int V>
 using Int = std::integral_constant<int, V>;

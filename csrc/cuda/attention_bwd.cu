@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "attention_bwd_keys.cuh"
 #include "attention_bwd_queries.cuh"
+#include "attention_bwd_window.cuh"
 
 namespace relpos {
 
@@ -23,9 +24,19 @@ void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan
   });
 }
 
+template <typename T>
+void launch_attention_bwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
+  dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
+    if constexpr (sizeof(T) == 2 && d() <= kMostWindowD)
+      device.launch(attention_bwd_window_kernel<T, d()>, dim3(static_cast<unsigned>(plan.grid)), plan.threads,
+                    plan.shared_bytes, p);
+  });
+}
+
 #define RELPOS_INSTANTIATE(T)                                                                                      \
   template void launch_attention_bwd_queries<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&); \
-  template void launch_attention_bwd_keys<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&);
+  template void launch_attention_bwd_keys<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&);    \
+  template void launch_attention_bwd_window<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&);
 RELPOS_FOR_TYPES(RELPOS_INSTANTIATE)
 
 }  // namespace relpos

@@ -50,19 +50,28 @@ struct SlotBlock {
   }
 };
 
-// A stage: one tile of queries with everything about them.
+// A tile of queries that passes, with everything about them.
 template <typename T, int D>
-struct QueryStage {
-  static constexpr int kQueries = query_tile(sizeof(T));
+struct QueryTile {
   Tile<T, D> q, grad;
-  Factor<T>* columns;         // [queries, column_ld]
-  float *lines, *statistics;  // [lines, queries], [delta and factor, queries]
+  Factor<T>* columns;  // [queries, column_ld]
+  int column_ld;
+  float *lines, *statistics;  // [lines, queries], [delta and, for float32, what p is to be multiplied by, queries]
+};
+
+// The same in one of the two stages that tiles pass through.
+template <typename T, int D>
+struct QueryStage : QueryTile<T, D> {
+  static constexpr int kQueries = query_tile(sizeof(T));
+  using QueryTile<T, D>::q, QueryTile<T, D>::grad, QueryTile<T, D>::columns, QueryTile<T, D>::column_ld;
+  using QueryTile<T, D>::lines, QueryTile<T, D>::statistics;
 
   __device__ __forceinline__ QueryStage(unsigned char* shared, const AttentionBwdKeysShared& at, int stage) {
     unsigned char* begin = shared + at.stages + stage * at.bytes_of_stage;
     q.data = reinterpret_cast<T*>(begin + at.q);
     grad.data = reinterpret_cast<T*>(begin + at.grad);
     columns = reinterpret_cast<Factor<T>*>(begin + at.columns);
+    column_ld = at.column_ld;
     lines = reinterpret_cast<float*>(begin + at.lines);
     statistics = reinterpret_cast<float*>(begin + at.statistics);
   }
@@ -80,7 +89,7 @@ struct QueryStage {
       const int row = i / chunks, chunk = i - row * chunks;
       const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
       const bool exists = m0 + row < M;
-      cp_async_16(columns + row * at.column_ld + chunk * kChunk,
+      cp_async_16(columns + row * column_ld + chunk * kChunk,
                   all_columns + (exists ? int64_t{m0 + row} * block.slots.line + column : 0), exists);
     }
     const int64_t queries = padded_queries(p.shape);
@@ -97,98 +106,118 @@ struct QueryStage {
   }
 };
 
-template <typename T, int D>
-struct AttentionBwdKeys {
-  static constexpr int kPart = sizeof(T) == 4 ? 2 : 4;  // blocks of queries at a time
-  const AttentionBwdParams& p;
-  int first;         // of the warp's keys in the block
-  bool has_bias[2];  // of each of its two blocks of 8 keys
-  int column_block[2], line[2];
-  float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+// The blocks of 8 keys of a warp: where the factors of a tile of queries begin that each takes.
+template <int STRIPS>
+struct KeyBlocks {
+  bool has_bias[STRIPS][2];
+  float none[STRIPS][2];  // in place of a column factor; -inf if there is no such key
+  int column[STRIPS][2], line[STRIPS][2];
 
-  __device__ __forceinline__ AttentionBwdKeys(const AttentionBwdParams& p, const SlotBlock& block, int first)
-      : p(p), first(first) {
+  // From key `first` of the block on; `queries`: of a tile.
+  __device__ __forceinline__ KeyBlocks(const AttentionParams& p, const SlotBlock& block, int first, int queries) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int slot = block.first + first + half * 8;
-      has_bias[half] = block.has_bias(slot) && slot < block.slots.count(p.shape);
-      column_block[half] = has_bias[half] ? block.column_block(slot) : 0;
-      line[half] = min(block.line_of(slot) - block.first_line, block.lines - 1);
-    }
-  }
-
-  // What the products of k and q start from: column factors of queries `begin` ..
-  __device__ __forceinline__ void start(float (&score)[kPart][4], const QueryStage<T, D>& stage, int column_ld,
-                                        int begin) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if constexpr (sizeof(T) == 2) {
-        uint32_t pairs[4];
-        ldmatrix_x4_trans(pairs, stage.columns + (begin + lane) * column_ld + column_block[half] * 8);
-#pragma unroll
-        for (int j = 0; j < kPart; ++j) {
-          const float2 two = __half22float2(*reinterpret_cast<const __half2*>(pairs + j));
-          score[j][2 * half] = has_bias[half] ? two.x : 0.f;
-          score[j][2 * half + 1] = has_bias[half] ? two.y : 0.f;
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < kPart; ++j)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int m = begin + j * 8 + lane % 4 * 2 + e;
-            const float x = stage.columns[m * column_ld + column_block[half] * 8 + lane / 4];
-            score[j][2 * half + e] = has_bias[half] ? x : 0.f;
-          }
-      }
-    }
-  }
-
-  // Queries `begin` .. of a tile.
-  __device__ __forceinline__ void absorb(const QueryStage<T, D>& stage, int column_ld, int begin, const Tile<T, D>& k,
-                                         const Tile<T, D>& v) {
-    float score[1][kPart][4], dp[1][kPart][4] = {};
-    start(score[0], stage, column_ld, begin);
-    add_products<true>(score, k, first, stage.q, begin);  // the scores of attention_bwd_queries.cuh to the last bit
-    add_products(dp, v, first, stage.grad, begin);
-#pragma unroll
-    for (int j = 0; j < kPart; ++j) {
-      const int m = begin + j * 8 + threadIdx.x % 4 * 2;
-      const float2 delta = *reinterpret_cast<const float2*>(stage.statistics + m);
-      float2 factor = {1.f, 1.f};
-      if constexpr (sizeof(T) == 4)
-        factor = *reinterpret_cast<const float2*>(stage.statistics + QueryStage<T, D>::kQueries + m);
+    for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 add = *reinterpret_cast<const float2*>(stage.lines + line[half] * QueryStage<T, D>::kQueries + m);
-        float* s = score[0][j] + 2 * half;
-        float* d = dp[0][j] + 2 * half;
-        s[0] = exp2_approx(fmaf(s[0], p.to_powers, add.x)) * factor.x;
-        s[1] = exp2_approx(fmaf(s[1], p.to_powers, add.y)) * factor.y;
-        d[0] = s[0] * (d[0] - delta.x), d[1] = s[1] * (d[1] - delta.y);
+        const int slot = block.first + first + s * 16 + half * 8;
+        has_bias[s][half] = block.has_bias(slot) && slot < block.slots.count(p.shape);
+        none[s][half] = block.token(p.shape, slot + threadIdx.x % 32 / 4) < 0 ? -INFINITY : 0.f;
+        column[s][half] = has_bias[s][half] ? block.column_block(slot) * 8 : 0;
+        line[s][half] = min(block.line_of(slot) - block.first_line, block.lines - 1) * queries;
       }
+  }
+};
+
+// A warp's strips of 16 keys; PART blocks of 8 queries at a time.
+template <typename T, int D, int STRIPS, int PART>
+struct AttentionBwdKeys {
+  const AttentionBwdParams& p;
+  int first;  // of the warp's keys in the block
+  float dk[STRIPS][D / 8][4] = {}, dv[STRIPS][D / 8][4] = {};
+
+  __device__ __forceinline__ AttentionBwdKeys(const AttentionBwdParams& p, int first) : p(p), first(first) {}
+
+  // What the products of k and q start from: column factors of queries `begin` ..
+  __device__ __forceinline__ void start(float (&score)[STRIPS][PART][4], const KeyBlocks<STRIPS>& blocks,
+                                        const QueryTile<T, D>& tile, int begin) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if constexpr (sizeof(T) == 2) {
+          uint32_t pairs[PART];
+          load_blocks_transposed(pairs, tile.columns + (begin + lane % (8 * PART)) * tile.column_ld + blocks.column[s][half]);
+#pragma unroll
+          for (int j = 0; j < PART; ++j) {
+            const float2 two = __half22float2(*reinterpret_cast<const __half2*>(pairs + j));
+            score[s][j][2 * half] = blocks.has_bias[s][half] ? two.x : blocks.none[s][half];
+            score[s][j][2 * half + 1] = blocks.has_bias[s][half] ? two.y : blocks.none[s][half];
+          }
+        } else {
+#pragma unroll
+          for (int j = 0; j < PART; ++j)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              const int m = begin + j * 8 + lane % 4 * 2 + e;
+              const float x = tile.columns[m * tile.column_ld + blocks.column[s][half] + lane / 4];
+              score[s][j][2 * half + e] = blocks.has_bias[s][half] ? x : blocks.none[s][half];
+            }
+        }
+      }
+  }
+
+  // Queries `begin` .. of a tile; then also(ds), as their products lie in registers.
+  template <typename F>
+  __device__ __forceinline__ void absorb(const KeyBlocks<STRIPS>& blocks, const QueryTile<T, D>& tile, int begin,
+                                         const Tile<T, D>& k, const Tile<T, D>& v, int statistics_ld, F&& also) {
+    float score[STRIPS][PART][4], dp[STRIPS][PART][4] = {};
+    start(score, blocks, tile, begin);
+    add_products<true>(score, k, first, tile.q, begin);  // the scores of attention_bwd_queries.cuh to the last bit
+    add_products(dp, v, first, tile.grad, begin);
+#pragma unroll
+    for (int j = 0; j < PART; ++j) {
+      const int m = begin + j * 8 + threadIdx.x % 4 * 2;
+      const float2 delta = *reinterpret_cast<const float2*>(tile.statistics + m);
+      float2 factor = {1.f, 1.f};
+      if constexpr (sizeof(T) == 4) factor = *reinterpret_cast<const float2*>(tile.statistics + statistics_ld + m);
+#pragma unroll
+      for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 add = *reinterpret_cast<const float2*>(tile.lines + blocks.line[s][half] + m);
+          float* x = score[s][j] + 2 * half;
+          float* d = dp[s][j] + 2 * half;
+          x[0] = exp2_approx(fmaf(x[0], p.to_powers, add.x)) * factor.x;
+          x[1] = exp2_approx(fmaf(x[1], p.to_powers, add.y)) * factor.y;
+          d[0] = x[0] * (d[0] - delta.x), d[1] = x[1] * (d[1] - delta.y);
+        }
     }
-    add_weighted(dv, score, stage.grad, begin);
-    add_weighted(dk, dp, stage.q, begin);
+    also(dp);
+    add_weighted(dv, score, tile.grad, begin);
+    add_weighted(dk, dp, tile.q, begin);
   }
 
   // Through the warp's own rows of a tile.
-  __device__ __forceinline__ void store(const OutRows& to, const float (&d)[1][D / 8][4], float factor,
+  __device__ __forceinline__ void store(const OutRows& to, const float (&d)[STRIPS][D / 8][4], float factor,
                                         const Tile<T, D>& rows, const BlockPlace& place, const SlotBlock& block) const {
     if (to.data == nullptr) return;
-    put_strip(rows, first, d, factor);
     T* data = rows_of<T>(place, to);
-    store_rows(rows, first, 16, p.shape.D, [&](int row) {
-      const int n = block.token(p.shape, block.first + row);
-      return n >= 0 ? data + n * to.row : nullptr;
-    });
+    __syncwarp();  // the rows may be overwritten
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s) {
+      put_strip(rows, first + s * 16, d[s], factor);
+      store_rows(rows, first + s * 16, 16, p.shape.D, [&](int row) {
+        const int n = block.token(p.shape, block.first + row);
+        return n >= 0 ? data + n * to.row : nullptr;
+      });
+    }
   }
 };
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_kernel(const AttentionBwdParams p) {
-  using Warp = AttentionBwdKeys<T, D>;
+  constexpr int kPart = sizeof(T) == 4 ? 2 : 4;
   constexpr int kQueries = query_tile(sizeof(T));
   RELPOS_DYNAMIC_SHARED(shared);
   const AttentionBwdKeysShared at = attention_bwd_keys_shared(p.shape, p.block_rows, D, sizeof(T));
@@ -207,7 +236,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
   copy(k, p.k);
   copy(v, p.v);
 
-  Warp mine(p, block, threadIdx.x / 32 * 16);
+  AttentionBwdKeys<T, D, 1, kPart> mine(p, threadIdx.x / 32 * 16);
+  const KeyBlocks<1> blocks(p, block, mine.first, kQueries);
   const int tiles = ceil_div(static_cast<int>(p.shape.M()), kQueries);
   for (int tile = -1; tile < tiles; ++tile) {
     cp_async_wait<0>();
@@ -217,7 +247,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
     if (tile < 0) continue;
     const QueryStage<T, D> stage(shared, at, tile % 2);
 #pragma unroll 1
-    for (int begin = 0; begin < kQueries; begin += Warp::kPart * 8) mine.absorb(stage, at.column_ld, begin, k, v);
+    for (int begin = 0; begin < kQueries; begin += kPart * 8)
+      mine.absorb(blocks, stage, begin, k, v, kQueries, [](const auto&) {});
   }
   mine.store(p.dk, mine.dk, p.scale, k, place, block);
   mine.store(p.dv, mine.dv, 1.f, v, place, block);

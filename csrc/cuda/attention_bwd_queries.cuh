@@ -11,79 +11,9 @@
 //   one lane that owns the query. Every sum has a fixed order. What attention_bwd_keys.cuh needs of the factors is
 //   written on the way, half precision below the largest column factor of the query.
 #pragma once
-#include "tile/factors.cuh"
+#include "tile/factor_gradients.cuh"
 
 namespace relpos {
-
-// Of the queries of the whole block: [lines, block rows].
-struct LineGradients {
-  float* data;
-  int ld;
-
-  __device__ __forceinline__ float& at(int line, int row) const { return data[line * ld + row]; }
-  // Of one key of an axis: the sum over the lines that have it.
-  __device__ __forceinline__ float of_axis(const Shape& s, int a, int key, int row) const {
-    const int keys_h = s.axis[kH].keys, step = a == kT ? 1 : keys_h, count = a == kT ? keys_h : s.axis[kT].keys;
-    float sum = 0.f;
-    for (int i = 0, line = a == kT ? key * keys_h : key; i < count; ++i, line += step) sum += at(line, row);
-    return sum;
-  }
-};
-
-// <grad[m], out[m]> of the lane's two queries; 0 where there is none.
-template <typename T>
-__device__ __forceinline__ void find_delta(const AttentionBwdParams& p, const BlockPlace& block, int first,
-                                           float (&delta)[2]) {
-  const int lane = threadIdx.x % 32, row = first + lane / 2;
-  float sum = 0.f;
-  if (row < block.count) {
-    const T* grad = rows_of<T>(block, p.grad) + static_cast<int64_t>(block.first + row) * p.grad.row;
-    const T* out = rows_of<T>(block, p.out) + static_cast<int64_t>(block.first + row) * p.out.row;
-    for (int d = lane % 2 * kVector<T>; d < p.shape.D; d += 2 * kVector<T>) {
-      float x[kVector<T>], y[kVector<T>];
-      unpack<T>(*reinterpret_cast<const uint4*>(grad + d), x);
-      unpack<T>(*reinterpret_cast<const uint4*>(out + d), y);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) sum = fmaf(x[i], y[i], sum);
-    }
-  }
-  sum += __shfl_xor_sync(~0u, sum, 1);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(~0u, sum, 2 * (lane / 4 + 8 * half));
-}
-
-// dq += d_a / scale times the table rows of axis a and these keys; gradient(row of the strip, key) is d_a.
-template <typename T, int D, typename F>
-__device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const KeyRange& keys,
-                                                   const Coordinates* rows, int first, const Tile<T, D>& table_rows,
-                                                   float (&dq)[1][D / 8][4], F&& gradient) {
-  const Axis& axis = p.shape.axis[a];
-  const T* table = static_cast<const T*>(p.table);
-  const int lane = threadIdx.x % 32;
-  int low, high;
-  strip_range(p, a, keys, rows + first, low, high);
-  for (int l0 = low; l0 <= high; l0 += 16) {
-    __syncwarp();  // the tile may be overwritten
-    copy_rows(table_rows, 16, p.shape.D, lane, 32, table,
-              [&](int row) { return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr; });
-    cp_async_commit();
-    float whole[1][2][4], rest[1][2][4];
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + e / 2 * 8, l = l0 + j * 8 + lane % 4 * 2 + e % 2, c = rows[first + row].of[a];
-        const int key = c >= 0 && l <= high ? p.index[axis.inverse + c * axis.rows + l - axis.first_row] : -1;
-        const float x = key >= keys.begin && key < keys.end ? gradient(row, key) * p.inverse_scale : 0.f;
-        whole[0][j][e] = to_float(from_float<T>(x));
-        rest[0][j][e] = x - whole[0][j][e];
-      }
-    cp_async_wait<0>();
-    __syncwarp();
-    add_weighted(dq, whole, table_rows, 0);
-    if constexpr (sizeof(T) == 2) add_weighted(dq, rest, table_rows, 0);
-  }
-}
 
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionBwdQueries {
@@ -114,9 +44,10 @@ struct AttentionBwdQueries {
   __device__ __forceinline__ void begin(const Tile<T, D>& q, const LineFactors<T>& lines, float* stage) {
     lines.fill(p, rows, q, bias.first, stage);
     largest_factors<T>(p, kW, rows, q, bias.first, below);
-    if constexpr (sizeof(T) == 2) find_delta<T>(p, block, bias.first, delta);  // float32: use_measured
+    const float of_lane = sizeof(T) == 2 ? find_delta<T>(p, block, bias.first) : 0.f;  // float32: use_measured
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      delta[half] = __shfl_sync(~0u, of_lane, 2 * (threadIdx.x % 32 / 4 + 8 * half));
       const int m = bias.row(half);
       const float largest = lines.largest[m] + below[half] * kLog2e;
       const float lse = m < block.count ? p.lse[block.group * p.shape.M() + block.first + m] : INFINITY;
@@ -249,29 +180,16 @@ struct AttentionBwdQueries {
       }
     __syncwarp();
     if (p.dfactors)
-      write_factors(kW, span.first, span.columns, [&](int row, int i) { return stage[row * Bias::kLd + i]; });
+      write_factors(p, block, bias.first, kW, span.first, span.columns,
+                    [&](int row, int i) { return stage[row * Bias::kLd + i]; });
     add_table_products(p, kW, {span.first, span.first + span.columns}, rows, bias.first, table_rows, dq,
                        [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
   }
 
-  // Factor gradients of keys first .. first + count - 1 of an axis.
-  template <typename F>
-  __device__ __forceinline__ void write_factors(int a, int first, int count, F&& gradient) const {
-    const int64_t row0 = block.group * p.shape.M() + block.first + bias.first;
-    for (int row = 0; row < 16 && bias.first + row < block.count; ++row)
-      for (int i = threadIdx.x % 32; i < count; i += 32)
-        p.dfactors[(row0 + row) * p.shape.factors() + p.shape.axis[a].factor + first + i] = gradient(row, i);
-  }
-
   __device__ __forceinline__ void end(const LineGradients& dlines, const Tile<T, D>& table_rows, const Tile<T, D>& q) {
-    for (int a = kT; a < kW; ++a) {
-      if (p.shape.axis[a].rows == 0) continue;
-      const auto gradient = [&](int row, int key) { return dlines.of_axis(p.shape, a, key, bias.first + row); };
-      if (p.dfactors) write_factors(a, 0, p.shape.axis[a].keys, gradient);
-      add_table_products(p, a, {0, p.shape.axis[a].keys}, rows, bias.first, table_rows, dq, gradient);
-    }
+    end_lines(p, block, rows, bias.first, dlines, table_rows, dq);
     if (p.dq.data == nullptr) return;
-    put_strip(q, bias.first, dq, p.scale);
+    put_strip(q, bias.first, dq[0], p.scale);
     store_queries(q, bias.first, p, block, p.dq);
   }
 };

@@ -27,7 +27,7 @@ template <typename S>
 constexpr int kVector = 16 / sizeof(S);  // elements of a 16-byte vector
 
 template <typename S>
-__device__ __forceinline__ void unpack(const uint4& v, float (&x)[kVector<S>]) {
+__device__ __forceinline__ void unpack(uint4 v, float (&x)[kVector<S>]) {  // by value: memory is read as a vector
   S e[kVector<S>];
   memcpy(static_cast<void*>(e), &v, sizeof v);
 #pragma unroll

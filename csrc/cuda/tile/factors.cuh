@@ -88,6 +88,44 @@ __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a,
   }
 }
 
+// put(line, x) for every line of keys, 0 .. lines - 1, by the two lanes (l and l + 16) of each query of a strip: x is
+// what the line adds, in powers of two, 0 for lines that do not exist. Returns the largest x there may be; with
+// RELATIVE, x is below it. `stage`: the warp's own.
+template <bool RELATIVE, typename T, int D, typename F>
+__device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
+                                             int first, int lines, float* stage, F&& put) {
+  const Shape& s = p.shape;
+  const int row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
+  float largest = 0.f;
+#pragma unroll 1
+  for (int a = kT; a < kW; ++a) {
+    const Axis& axis = s.axis[a];
+    float* of_axis = stage + (a == kH ? s.axis[kT].factors() * 16 : 0);
+    if (axis.rows == 0) continue;
+    strip_factors<T>(p, a, {0, axis.keys}, rows, q, first,
+                     [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x * kLog2e; });
+    __syncwarp();
+    if constexpr (RELATIVE) {
+      float most = -INFINITY;
+      const bool biased = rows[first + row].of[a] >= 0;
+      for (int i = part; biased && i < axis.keys; i += 2) most = fmaxf(most, of_axis[i * 16 + row]);
+      most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
+      largest += biased ? most : 0.f;
+    }
+  }
+  const float *of_t = stage, *of_h = stage + s.axis[kT].factors() * 16;
+  const bool biased = rows[first + row].of[kH] >= 0, with_t = s.axis[kT].rows != 0;
+  const int keys_h = s.axis[kH].keys;
+  int t = part / keys_h, h = part % keys_h;
+  for (int line = part; line < lines; line += 2) {
+    float x = 0.f;
+    if (biased && line < s.outer_keys()) x = of_h[h * 16 + row] + (with_t ? of_t[t * 16 + row] : 0.f) - largest;
+    put(line, x);
+    for (h += 2; h >= keys_h; h -= keys_h) ++t;
+  }
+  return largest;
+}
+
 // Of all queries of a block: [lines, block rows], in powers of two, below that of their largest.
 template <typename T>
 struct LineFactors {
@@ -101,34 +139,11 @@ struct LineFactors {
   template <int D>
   __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
                                        int first, float* stage) const {
-    const Shape& s = p.shape;
-    const int row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
-    float sum = 0.f;
-#pragma unroll 1
-    for (int a = kT; a < kW; ++a) {
-      const Axis& axis = s.axis[a];
-      float* of_axis = stage + (a == kH ? s.axis[kT].factors() * 16 : 0);
-      if (axis.rows == 0) continue;
-      strip_factors<T>(p, a, {0, axis.keys}, rows, q, first,
-                       [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x * kLog2e; });
-      __syncwarp();
-      float most = -INFINITY;
-      const bool biased = rows[first + row].of[a] >= 0;
-      for (int i = part; biased && i < axis.keys; i += 2) most = fmaxf(most, of_axis[i * 16 + row]);
-      most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
-      sum += biased ? most : 0.f;
-    }
-    const float *of_t = stage, *of_h = stage + s.axis[kT].factors() * 16;
-    const bool biased = rows[first + row].of[kH] >= 0, with_t = s.axis[kT].rows != 0;
-    const int keys_h = s.axis[kH].keys, padded = p.keys.padded_lines;
-    int t = part / keys_h, h = part % keys_h;
-    for (int line = part; line < padded + p.keys.lines; line += 2) {
-      float x = line < s.outer_keys() || line >= padded ? 0.f : -INFINITY;
-      if (biased && line < s.outer_keys()) x = of_h[h * 16 + row] + (with_t ? of_t[t * 16 + row] : 0.f) - sum;
-      at(line, first + row) = from_float<Factor<T>>(x);
-      for (h += 2; h >= keys_h; h -= keys_h) ++t;
-    }
-    if (part == 0) largest[first + row] = sum;
+    const int row = first + threadIdx.x % 16, padded = p.keys.padded_lines;
+    const float sum = strip_lines<true>(p, rows, q, first, padded + p.keys.lines, stage, [&](int line, float x) {
+      at(line, row) = from_float<Factor<T>>(line < p.shape.outer_keys() || line >= padded ? x : -INFINITY);
+    });
+    if (threadIdx.x % 32 < 16) largest[row] = sum;
     __syncwarp();  // they are there, and the stage may be overwritten
   }
 };

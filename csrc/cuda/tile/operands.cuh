@@ -136,6 +136,22 @@ __device__ __forceinline__ void load_transposed(OperandB<T> (&b)[2], const Tile<
   }
 }
 
+// a = the transpose of 16 rows from `row` on, columns from `column` on, a multiple of 8; `ld` from row to row.
+template <typename T>
+__device__ __forceinline__ void load_transposed(OperandA<T>& a, const T* from, int ld, int row, int column) {
+  static_assert(sizeof(T) == 2);
+  const int lane = threadIdx.x % 32;
+  ldmatrix_x4_trans(a.pairs, from + (row + lane / 16 * 8 + lane % 8) * ld + column + lane / 8 % 2 * 8);
+}
+
+// pairs[j] = the transpose of block j of 8 rows of 8: lane l brings the address of row l.
+__device__ __forceinline__ void load_blocks_transposed(uint32_t (&pairs)[4], const void* row) {
+  ldmatrix_x4_trans(pairs, row);
+}
+__device__ __forceinline__ void load_blocks_transposed(uint32_t (&pairs)[2], const void* row) {
+  ldmatrix_x2_trans(pairs, row);
+}
+
 // b = 16 rows as they are, columns 8 block .. 8 block + 15: left and right.
 template <typename T, int D>
 __device__ __forceinline__ void load_straight(OperandB<T> (&b)[2], const Tile<T, D>& from, int row, int block) {

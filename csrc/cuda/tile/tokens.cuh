@@ -29,16 +29,16 @@ __device__ __forceinline__ T* rows_of(const BlockPlace& block, const OutRows& ro
   return static_cast<T*>(rows.data) + block.batch * rows.batch + block.head * rows.head;
 }
 
-// Coordinates of the block's queries; -1 for class tokens, and where there is no query.
+// Coordinates of query i of the block; -1 for class tokens, and where there is no query.
+__device__ __forceinline__ Coordinates locate_query(const Shape& s, const BlockPlace& block, int i) {
+  const int token = i < block.count ? block.first + i - s.prefix : -1;
+  if (token < 0) return {-1, -1, -1};
+  const int line = token / s.axis[kW].queries;
+  return {line / s.axis[kH].queries, line % s.axis[kH].queries, token % s.axis[kW].queries};
+}
 __device__ __forceinline__ void locate_queries(const Shape& s, const BlockPlace& block, int block_rows,
                                                Coordinates* rows) {
-  for (int i = threadIdx.x; i < block_rows; i += blockDim.x) {
-    const int token = i < block.count ? block.first + i - s.prefix : -1;
-    const int line = token / s.axis[kW].queries;
-    rows[i].of[kT] = token < 0 ? -1 : line / s.axis[kH].queries;
-    rows[i].of[kH] = token < 0 ? -1 : line % s.axis[kH].queries;
-    rows[i].of[kW] = token < 0 ? -1 : token % s.axis[kW].queries;
-  }
+  for (int i = threadIdx.x; i < block_rows; i += blockDim.x) rows[i] = locate_query(s, block, i);
 }
 
 // Starts copies of `rows` rows into a tile by `threads` threads, of which this is number `thread`. A pair of threads
@@ -93,15 +93,15 @@ __device__ __forceinline__ void store_queries(const Tile<T, D>& from, int first,
 
 // The lane's share of a strip of results, times `factor`, into rows `first` .. of a tile; for the whole warp to read.
 template <typename T, int D>
-__device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const float (&x)[1][D / 8][4],
+__device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const float (&x)[D / 8][4],
                                           float factor) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
 #pragma unroll
     for (int d = 0; d < D / 8; ++d)
-      set_pair(to.at(first + lane / 4 + half * 8, d * 8 + lane % 4 * 2), x[0][d][2 * half] * factor,
-               x[0][d][2 * half + 1] * factor);
+      set_pair(to.at(first + lane / 4 + half * 8, d * 8 + lane % 4 * 2), x[d][2 * half] * factor,
+               x[d][2 * half + 1] * factor);
   __syncwarp();
 }
 

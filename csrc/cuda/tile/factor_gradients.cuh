@@ -1,0 +1,101 @@
+// factor_gradients.cuh - of a warp's strip of 16 queries: what its factors got, written for the table gradient, and its
+// share of dq.
+#pragma once
+#include "factors.cuh"
+
+namespace relpos {
+
+// Of the line factors of all queries of a block: [lines, block rows].
+struct LineGradients {
+  float* data;
+  int ld;
+
+  __device__ __forceinline__ float& at(int line, int row) const { return data[line * ld + row]; }
+  // Of one key of an axis: the sum over the lines that have it.
+  __device__ __forceinline__ float of_axis(const Shape& s, int a, int key, int row) const {
+    const int keys_h = s.axis[kH].keys, step = a == kT ? 1 : keys_h, count = a == kT ? keys_h : s.axis[kT].keys;
+    float sum = 0.f;
+#pragma unroll 1
+    for (int i = 0, line = a == kT ? key * keys_h : key; i < count; ++i, line += step) sum += at(line, row);
+    return sum;
+  }
+};
+
+// <grad[m], out[m]> of query lane / 2 of a strip; 0 where there is none.
+template <typename T>
+__device__ __forceinline__ float find_delta(const AttentionBwdParams& p, const BlockPlace& block, int first) {
+  const int lane = threadIdx.x % 32, row = first + lane / 2;
+  float sum = 0.f;
+  if (row < block.count) {
+    const T* grad = rows_of<T>(block, p.grad) + static_cast<int64_t>(block.first + row) * p.grad.row;
+    const T* out = rows_of<T>(block, p.out) + static_cast<int64_t>(block.first + row) * p.out.row;
+    for (int d = lane % 2 * kVector<T>; d < p.shape.D; d += 2 * kVector<T>) {
+      float x[kVector<T>], y[kVector<T>];
+      unpack<T>(*reinterpret_cast<const uint4*>(grad + d), x);
+      unpack<T>(*reinterpret_cast<const uint4*>(out + d), y);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) sum = fmaf(x[i], y[i], sum);
+    }
+  }
+  return sum + __shfl_xor_sync(~0u, sum, 1);
+}
+
+// dq += d_a / scale times the table rows of axis a and these keys; gradient(row of the strip, key) is d_a.
+template <typename T, int D, typename F>
+__device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const KeyRange& keys,
+                                                   const Coordinates* rows, int first, const Tile<T, D>& table_rows,
+                                                   float (&dq)[1][D / 8][4], F&& gradient) {
+  const Axis& axis = p.shape.axis[a];
+  const T* table = static_cast<const T*>(p.table);
+  const int lane = threadIdx.x % 32;
+  int low, high;
+  strip_range(p, a, keys, rows + first, low, high);
+  for (int l0 = low; l0 <= high; l0 += 16) {
+    __syncwarp();  // the tile may be overwritten
+    copy_rows(table_rows, 16, p.shape.D, lane, 32, table,
+              [&](int row) { return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr; });
+    cp_async_commit();
+    float whole[1][2][4], rest[1][2][4];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = lane / 4 + e / 2 * 8, l = l0 + j * 8 + lane % 4 * 2 + e % 2, c = rows[first + row].of[a];
+        const int key = c >= 0 && l <= high ? p.index[axis.inverse + c * axis.rows + l - axis.first_row] : -1;
+        const float x = key >= keys.begin && key < keys.end ? gradient(row, key) * p.inverse_scale : 0.f;
+        whole[0][j][e] = to_float(from_float<T>(x));
+        rest[0][j][e] = x - whole[0][j][e];
+      }
+    cp_async_wait<0>();
+    __syncwarp();
+    add_weighted(dq, whole, table_rows, 0);
+    if constexpr (sizeof(T) == 2) add_weighted(dq, rest, table_rows, 0);
+  }
+}
+
+// Writes what the factors of a strip got, for keys first_key .. first_key + count - 1 of an axis; gradient(row, i).
+template <typename F>
+__device__ __forceinline__ void write_factors(const AttentionBwdParams& p, const BlockPlace& block, int first, int a,
+                                              int first_key, int count, F&& gradient) {
+  const int64_t row0 = block.group * p.shape.M() + block.first + first;
+  for (int row = 0; row < 16 && first + row < block.count; ++row)
+    for (int i = threadIdx.x % 32; i < count; i += 32)
+      p.dfactors[(row0 + row) * p.shape.factors() + p.shape.axis[a].factor + first_key + i] = gradient(row, i);
+}
+
+// The line gradients of a strip: written, and their share of dq added.
+template <typename T, int D>
+__device__ __forceinline__ void end_lines(const AttentionBwdParams& p, const BlockPlace& block,
+                                          const Coordinates* rows, int first, const LineGradients& dlines,
+                                          const Tile<T, D>& table_rows, float (&dq)[1][D / 8][4]) {
+#pragma unroll 1
+  for (int a = kT; a < kW; ++a) {
+    const KeyRange all{0, p.shape.axis[a].keys};
+    if (p.shape.axis[a].rows == 0) continue;
+    const auto gradient = [&](int row, int key) { return dlines.of_axis(p.shape, a, key, first + row); };
+    if (p.dfactors) write_factors(p, block, first, a, 0, all.end, gradient);
+    add_table_products(p, a, all, rows, first, table_rows, dq, gradient);
+  }
+}
+
+}  // namespace relpos
