@@ -26,14 +26,15 @@ std::string refusal_of(const Shape& s, double scale) {
 }
 
 std::string window_refusal(const Shape& s, int bytes) {
-  const KeySlots slots(s);
-  const int64_t count = slots.count(s);
+  const int keys_w = s.axis[kW].keys, lines = s.outer_keys();
   if (bytes != 2) return "windows are of half precision";
   if (kernel_head_dim(s.D, bytes) > kMostWindowD) return with("windows have a D up to 80, not ", s.D);
-  if (slots.line > kMostWindowLine) return with("lines of a window have up to 16 keys, not ", s.axis[kW].keys);
-  if (count > kMostWindowSlots) return with("windows have up to 256 slots of keys, not ", count);
-  const int64_t most = kWindowPasses * ceil_div<int64_t>(count, kWindowSlots) * 16;
-  if (s.M() > most) return with("a window with these keys has too many queries: ", s.M());
+  if (s.prefix) return "windows have no class tokens";
+  if (keys_w <= kWindowLine / 2 || keys_w > kWindowLine)
+    return with("windows have 9 to 16 keys in a line, not ", keys_w);
+  if (lines > kMostWindowLines) return with("windows have up to 16 lines of keys, not ", lines);
+  if (s.M() > kWindowPasses * 16 * ceil_div(lines, kWindowWarpLines))
+    return with("a window with so few keys has too many queries: ", s.M());
   return "";
 }
 
@@ -42,14 +43,14 @@ AttentionPlan plan_window(const Shape& s, int bytes, int arch, double scale) {
   plan.refusal = refusal_of(s, scale);
   if (plan.refusal.empty()) plan.refusal = window_refusal(s, bytes);
   if (!plan.refusal.empty()) return plan;
-  const int warps = static_cast<int>(ceil_div<int64_t>(KeySlots(s).count(s), kWindowSlots));
+  const int warps = ceil_div(s.outer_keys(), kWindowWarpLines);
   plan.head_dim = kernel_head_dim(s.D, bytes);
   plan.threads = warps * 32;
   plan.block_rows = warps * 16;
-  plan.shared_bytes = attention_bwd_window_shared(s, plan.block_rows, plan.head_dim).total;
+  plan.shared_bytes = attention_bwd_window_shared(plan.block_rows, plan.head_dim).total;
   plan.grid = s.groups;
   if (plan.shared_bytes > shared_limits(arch).per_block)
-    plan.refusal = with("shared memory is too small for a window of bytes: ", plan.shared_bytes);
+    plan.refusal = "a window of " + std::to_string(plan.shared_bytes) + " bytes exceeds shared memory";
   return plan;
 }
 

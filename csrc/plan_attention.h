@@ -164,30 +164,29 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   return at;
 }
 
-// Backward of windows, in one pass: half precision, all slots of keys in shared memory, a block per group. Each warp
-// has 32 slots and, of every pass over the queries, one strip of 16.
-constexpr int kWindowSlots = 32, kWindowPasses = 2, kMostWindowSlots = kMostAttentionThreads, kMostWindowLine = 16;
-constexpr int kMostWindowD = 80;  // registers
-constexpr int64_t kSlotBlockBytes = 32;
+// Backward of windows, in one pass: half precision, a block per group with all keys in shared memory, every line
+// padded to a strip of 16 slots. A warp has two lines and, of every pass over the queries, one strip of 16.
+constexpr int kWindowLine = 16, kWindowWarpLines = 2, kWindowPasses = 2;
+constexpr int kMostWindowLines = kMostAttentionThreads / 32 * kWindowWarpLines;
+constexpr int kMostWindowD = 80;     // registers
+constexpr int kWindowColumnLd = 24;  // elements between the column factors of two queries
+constexpr int64_t kWindowStateBytes = 192;
 
 struct AttentionBwdWindowShared {
-  int64_t slots, rows, delta, lines, columns, k, v, q, grad, ds, total;
-  int column_ld, ds_ld;  // elements
+  int64_t rows, delta, lines, columns, k, v, q, grad, ds, total;
+  int ds_ld;
 };
-// block_rows: queries of a pass; of slots there are twice as many.
-RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(const Shape& s, int block_rows, int D) {
+// block_rows: queries of a pass; there are twice as many slots.
+RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(int block_rows, int D) {
   constexpr int kHalf = 2;
   const int64_t rows_bytes = int64_t{block_rows} * tile_ld(D, kHalf) * kHalf;
-  const KeySlots slots(s);
   AttentionBwdWindowShared at{};
-  at.column_ld = slots.line == 8 ? 8 : 24;  // an odd number of vectors of 16 bytes, as that of ds
-  at.ds_ld = block_rows + 8;
-  at.slots = kWindowPasses * kPlaceBytes;
-  at.rows = at.slots + kSlotBlockBytes;
+  at.ds_ld = block_rows + 8;  // an odd number of vectors of 16 bytes
+  at.rows = kWindowStateBytes;
   at.delta = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
   at.lines = at.delta + block_rows * 4;
-  at.columns = at.lines + int64_t{slots.lines(s)} * block_rows * 4;
-  at.k = at.columns + int64_t{block_rows} * at.column_ld * kHalf;
+  at.columns = at.lines + int64_t{block_rows} / 16 * kWindowWarpLines * block_rows * 4;
+  at.k = at.columns + int64_t{block_rows} * kWindowColumnLd * kHalf;
   at.v = at.k + 2 * rows_bytes;
   at.q = at.v + 2 * rows_bytes;
   at.grad = at.q + rows_bytes;

@@ -106,26 +106,24 @@ struct QueryStage : QueryTile<T, D> {
   }
 };
 
-// The blocks of 8 keys of a warp: where the factors of a tile of queries begin that each takes.
-template <int STRIPS>
+// Where the factors of a tile of queries begin that the two blocks of 8 keys of a strip take.
 struct KeyBlocks {
-  bool has_bias[STRIPS][2];
-  float none[STRIPS][2];  // in place of a column factor; -inf if there is no such key
-  int column[STRIPS][2], line[STRIPS][2];
+  bool of_line[2];
+  int columns[2], lines[2];
 
   // From key `first` of the block on; `queries`: of a tile.
   __device__ __forceinline__ KeyBlocks(const AttentionParams& p, const SlotBlock& block, int first, int queries) {
 #pragma unroll
-    for (int s = 0; s < STRIPS; ++s)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int slot = block.first + first + s * 16 + half * 8;
-        has_bias[s][half] = block.has_bias(slot) && slot < block.slots.count(p.shape);
-        none[s][half] = block.token(p.shape, slot + threadIdx.x % 32 / 4) < 0 ? -INFINITY : 0.f;
-        column[s][half] = has_bias[s][half] ? block.column_block(slot) * 8 : 0;
-        line[s][half] = min(block.line_of(slot) - block.first_line, block.lines - 1) * queries;
-      }
+    for (int half = 0; half < 2; ++half) {
+      const int slot = block.first + first + half * 8;
+      of_line[half] = block.has_bias(slot) && slot < block.slots.count(p.shape);
+      columns[half] = of_line[half] ? block.column_block(slot) * 8 : 0;
+      lines[half] = min(block.line_of(slot) - block.first_line, block.lines - 1) * queries;
+    }
   }
+  __device__ __forceinline__ bool has_bias(int, int half) const { return of_line[half]; }
+  __device__ __forceinline__ int column(int, int half) const { return columns[half]; }
+  __device__ __forceinline__ int line(int, int half) const { return lines[half]; }
 };
 
 // A warp's strips of 16 keys; PART blocks of 8 queries at a time.
@@ -138,7 +136,8 @@ struct AttentionBwdKeys {
   __device__ __forceinline__ AttentionBwdKeys(const AttentionBwdParams& p, int first) : p(p), first(first) {}
 
   // What the products of k and q start from: column factors of queries `begin` ..
-  __device__ __forceinline__ void start(float (&score)[STRIPS][PART][4], const KeyBlocks<STRIPS>& blocks,
+  template <typename Blocks>
+  __device__ __forceinline__ void start(float (&score)[STRIPS][PART][4], const Blocks& blocks,
                                         const QueryTile<T, D>& tile, int begin) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
@@ -147,12 +146,13 @@ struct AttentionBwdKeys {
       for (int half = 0; half < 2; ++half) {
         if constexpr (sizeof(T) == 2) {
           uint32_t pairs[PART];
-          load_blocks_transposed(pairs, tile.columns + (begin + lane % (8 * PART)) * tile.column_ld + blocks.column[s][half]);
+          load_blocks_transposed(pairs,
+                                 tile.columns + (begin + lane % (8 * PART)) * tile.column_ld + blocks.column(s, half));
 #pragma unroll
           for (int j = 0; j < PART; ++j) {
             const float2 two = __half22float2(*reinterpret_cast<const __half2*>(pairs + j));
-            score[s][j][2 * half] = blocks.has_bias[s][half] ? two.x : blocks.none[s][half];
-            score[s][j][2 * half + 1] = blocks.has_bias[s][half] ? two.y : blocks.none[s][half];
+            score[s][j][2 * half] = blocks.has_bias(s, half) ? two.x : 0.f;
+            score[s][j][2 * half + 1] = blocks.has_bias(s, half) ? two.y : 0.f;
           }
         } else {
 #pragma unroll
@@ -160,16 +160,16 @@ struct AttentionBwdKeys {
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
               const int m = begin + j * 8 + lane % 4 * 2 + e;
-              const float x = tile.columns[m * tile.column_ld + blocks.column[s][half] + lane / 4];
-              score[s][j][2 * half + e] = blocks.has_bias[s][half] ? x : blocks.none[s][half];
+              const float x = tile.columns[m * tile.column_ld + blocks.column(s, half) + lane / 4];
+              score[s][j][2 * half + e] = blocks.has_bias(s, half) ? x : 0.f;
             }
         }
       }
   }
 
-  // Queries `begin` .. of a tile; then also(ds), as their products lie in registers.
-  template <typename F>
-  __device__ __forceinline__ void absorb(const KeyBlocks<STRIPS>& blocks, const QueryTile<T, D>& tile, int begin,
+  // Queries `begin` .. of a tile; also(ds), as their products lie in registers.
+  template <typename Blocks, typename F>
+  __device__ __forceinline__ void absorb(const Blocks& blocks, const QueryTile<T, D>& tile, int begin,
                                          const Tile<T, D>& k, const Tile<T, D>& v, int statistics_ld, F&& also) {
     float score[STRIPS][PART][4], dp[STRIPS][PART][4] = {};
     start(score, blocks, tile, begin);
@@ -185,7 +185,7 @@ struct AttentionBwdKeys {
       for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const float2 add = *reinterpret_cast<const float2*>(tile.lines + blocks.line[s][half] + m);
+          const float2 add = *reinterpret_cast<const float2*>(tile.lines + blocks.line(s, half) + m);
           float* x = score[s][j] + 2 * half;
           float* d = dp[s][j] + 2 * half;
           x[0] = exp2_approx(fmaf(x[0], p.to_powers, add.x)) * factor.x;
@@ -193,14 +193,15 @@ struct AttentionBwdKeys {
           d[0] = x[0] * (d[0] - delta.x), d[1] = x[1] * (d[1] - delta.y);
         }
     }
-    also(dp);
     add_weighted(dv, score, tile.grad, begin);
+    also(dp);
     add_weighted(dk, dp, tile.q, begin);
   }
 
-  // Through the warp's own rows of a tile.
+  // Through the warp's own rows of a tile; token(slot of the block) is -1 if there is none.
+  template <typename F>
   __device__ __forceinline__ void store(const OutRows& to, const float (&d)[STRIPS][D / 8][4], float factor,
-                                        const Tile<T, D>& rows, const BlockPlace& place, const SlotBlock& block) const {
+                                        const Tile<T, D>& rows, const BlockPlace& place, F&& token) const {
     if (to.data == nullptr) return;
     T* data = rows_of<T>(place, to);
     __syncwarp();  // the rows may be overwritten
@@ -208,7 +209,7 @@ struct AttentionBwdKeys {
     for (int s = 0; s < STRIPS; ++s) {
       put_strip(rows, first + s * 16, d[s], factor);
       store_rows(rows, first + s * 16, 16, p.shape.D, [&](int row) {
-        const int n = block.token(p.shape, block.first + row);
+        const int n = token(row);
         return n >= 0 ? data + n * to.row : nullptr;
       });
     }
@@ -237,7 +238,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
   copy(v, p.v);
 
   AttentionBwdKeys<T, D, 1, kPart> mine(p, threadIdx.x / 32 * 16);
-  const KeyBlocks<1> blocks(p, block, mine.first, kQueries);
+  const KeyBlocks blocks(p, block, mine.first, kQueries);
   const int tiles = ceil_div(static_cast<int>(p.shape.M()), kQueries);
   for (int tile = -1; tile < tiles; ++tile) {
     cp_async_wait<0>();
@@ -250,8 +251,9 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
     for (int begin = 0; begin < kQueries; begin += kPart * 8)
       mine.absorb(blocks, stage, begin, k, v, kQueries, [](const auto&) {});
   }
-  mine.store(p.dk, mine.dk, p.scale, k, place, block);
-  mine.store(p.dv, mine.dv, 1.f, v, place, block);
+  const auto token = [&](int row) { return block.token(p.shape, block.first + row); };
+  mine.store(p.dk, mine.dk, p.scale, k, place, token);
+  mine.store(p.dv, mine.dv, 1.f, v, place, token);
 }
 
 }  // namespace relpos

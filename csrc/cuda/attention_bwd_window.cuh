@@ -1,14 +1,14 @@
 // attention_bwd_window.cuh - all gradients of a window in one pass: its keys stay, its queries pass, what
 // attention_bwd_queries.cuh and attention_bwd_keys.cuh compute twice is computed once.
 //
-//                 keys: a warp's 32 stay
-//                +-----+-----+-----+ .. +
-//   queries      | ds  |     |     |    |     dk, dv: each warp of its 32 keys, down the columns, in registers
-//   of a pass,   +-----+-----+-----+ .. +     dq, factor gradients: each warp of its 16 queries, along the rows
-//   16 per warp  |     |     |     |    |
-//                +-----+-----+-----+ .. +
+//                 keys: two lines per warp stay
+//                +------+------+------+ .. +
+//   queries      |  ds  |      |      |    |     dk, dv: each warp of its lines, down the columns, in registers
+//   of a pass,   +------+------+------+ .. +     dq, factor gradients: each warp of its 16 queries, along the rows
+//   16 per warp  |      |      |      |    |
+//                +------+------+------+ .. +
 //
-//   grid     (groups), a block each: as many warps as the slots of its keys need.
+//   grid     (groups), a block each: as many warps as its pairs of lines. A line is padded to 16 slots.
 //   thread   keys: as attention_bwd_keys.cuh; queries: as attention_bwd_queries.cuh.
 //   shared   k and v; q, grad, factors and ds of a pass. Line gradients take the place of the line factors.
 //   barriers two per pass: all strips are there; ds is complete.
@@ -21,20 +21,96 @@
 
 namespace relpos {
 
-static_assert(sizeof(SlotBlock) <= kSlotBlockBytes);
+// What is the same for the whole block: in shared memory, for in registers it would be in the way of the products.
+struct WindowState {
+  AttentionBwdWindowShared at;
+  BlockPlace passes[kWindowPasses];
+  int done[kMostAttentionThreads / 32];  // passes, of each warp
+
+  __device__ __forceinline__ void fill(const AttentionBwdParams& p, int D) {
+    const int M = static_cast<int>(p.shape.M());
+    at = attention_bwd_window_shared(p.block_rows, D);
+    for (int& of_warp : done) of_warp = 0;
+    for (int i = 0; i < kWindowPasses; ++i) {
+      find_place(p, M, passes[i]);
+      passes[i].first = i * p.block_rows;
+      passes[i].count = min(p.block_rows, M - passes[i].first);
+    }
+  }
+};
+static_assert(sizeof(WindowState) <= kWindowStateBytes);
+
+// The token of a slot, or -1.
+__device__ __forceinline__ int window_token(const Shape& s, int slot) {
+  const int line = slot / kWindowLine, column = slot % kWindowLine, keys_w = s.axis[kW].keys;
+  return line < s.outer_keys() && column < keys_w ? line * keys_w + column : -1;
+}
+
+// The factors of a warp's lines, as attention_bwd_keys.cuh asks for them.
+struct WindowLines {
+  int first, queries;
+
+  __device__ __forceinline__ bool has_bias(int, int) const { return true; }
+  __device__ __forceinline__ int column(int, int half) const { return half * 8; }
+  __device__ __forceinline__ int line(int s, int) const { return (first + s) * queries; }
+};
+
+// The tiles of the block; those of queries are of one pass.
+template <typename T, int D>
+struct WindowTiles : QueryTile<T, D> {
+  Tile<T, D> k, v;
+  T* ds;  // [slots, queries]
+  int ds_ld;
+  Coordinates* rows;
+
+  __device__ __forceinline__ WindowTiles(unsigned char* shared, const AttentionBwdWindowShared& at) {
+    this->q.data = reinterpret_cast<T*>(shared + at.q);
+    this->grad.data = reinterpret_cast<T*>(shared + at.grad);
+    this->columns = reinterpret_cast<__half*>(shared + at.columns);
+    this->column_ld = kWindowColumnLd;
+    this->lines = reinterpret_cast<float*>(shared + at.lines);
+    this->statistics = reinterpret_cast<float*>(shared + at.delta);
+    k.data = reinterpret_cast<T*>(shared + at.k), v.data = reinterpret_cast<T*>(shared + at.v);
+    ds = reinterpret_cast<T*>(shared + at.ds), ds_ld = at.ds_ld;
+    rows = reinterpret_cast<Coordinates*>(shared + at.rows);
+  }
+
+  // As the products of keys from `slot` on and queries from `m` on lie in registers.
+  template <int STRIPS, int BLOCKS>
+  __device__ __forceinline__ void put_ds(int slot, int m, const float (&x)[STRIPS][BLOCKS][4]) const {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int j = 0; j < BLOCKS; ++j)
+          set_pair(ds + (slot + s * 16 + half * 8 + lane / 4) * ds_ld + m + j * 8 + lane % 4 * 2, x[s][j][2 * half],
+                   x[s][j][2 * half + 1]);
+  }
+};
+
+// By all threads.
+template <typename T, int D>
+__device__ __forceinline__ void copy_window_keys(const Tile<T, D>& to, const AttentionParams& p,
+                                                 const BlockPlace& place, const InRows& from) {
+  const T* data = rows_of<T>(place, from);
+  copy_rows(to, 2 * p.block_rows, p.shape.D, threadIdx.x, blockDim.x, data, [&](int slot) {
+    const int n = window_token(p.shape, slot);
+    return n >= 0 ? data + n * from.row : nullptr;
+  });
+}
 
 // A warp's strip of 16 queries.
 template <typename T, int D>
 struct WindowStrip {
-  static constexpr int kStageLd = kMostWindowLine + kInnerPad;
+  static constexpr int kStageLd = kWindowLine + kInnerPad;
   const AttentionBwdParams& p;
   const BlockPlace& place;  // of the pass
-  const KeySlots& slots;
-  const QueryTile<T, D> tile;
-  Coordinates* rows;
+  const WindowTiles<T, D> tiles;
   int first;  // of the queries of the pass
 
-  __device__ __forceinline__ float* stage() const { return reinterpret_cast<float*>(tile.grad.at(first, 0)); }
+  __device__ __forceinline__ float* stage() const { return reinterpret_cast<float*>(tiles.grad.at(first, 0)); }
 
   __device__ __forceinline__ void copy(const Tile<T, D>& to, const InRows& from) const {
     const T* group = rows_of<T>(place, from);
@@ -48,107 +124,95 @@ struct WindowStrip {
   // q, grad, coordinates, factors and delta. grad comes last: before, its place is the stage.
   __device__ __forceinline__ void fill() const {
     const int lane = threadIdx.x % 32, row = first + lane % 16, part = lane / 16;
-    copy(tile.q, p.q);
-    if (lane < 16) rows[row] = locate_query(p.shape, place, row);
+    copy(tiles.q, p.q);
+    if (lane < 16) tiles.rows[row] = locate_query(p.shape, place, row);
     const float delta = find_delta<T>(p, place, first);
-    if (lane % 2 == 0) tile.statistics[first + lane / 2] = delta;
+    if (lane % 2 == 0) tiles.statistics[first + lane / 2] = delta;
     cp_async_wait<0>();
     __syncwarp();
-    const float offset = fill_columns(row, part);
-    __syncwarp();  // the stage may be overwritten
-    if (slots.prefix_lines && part == 0) tile.lines[row] = offset_of_class(row);
-    float* lines = tile.lines + slots.prefix_lines * p.block_rows;
-    strip_lines<false>(p, rows, tile.q, first, p.shape.outer_keys(), stage(),
-                       [&](int line, float x) { lines[line * p.block_rows + row] = x + offset; });
-    __syncwarp();  // grad may arrive
-    copy(tile.grad, p.grad);
-  }
-
-  // What exponents begin with, in powers of two: -inf where there is no query.
-  __device__ __forceinline__ float offset_of_class(int row) const {
     const float lse = row < place.count ? p.lse[place.group * p.shape.M() + place.first + row] : INFINITY;
-    return -lse * kLog2e;
+    const float offset = (fill_columns(row, part) - lse) * kLog2e;
+    __syncwarp();  // the stage may be overwritten
+    const int lines = p.shape.outer_keys();
+    strip_lines<false>(p, tiles.rows, tiles.q, first, round_up(lines, 2), stage(), [&](int line, float x) {
+      tiles.lines[line * p.block_rows + row] = line < lines ? x + offset : -INFINITY;
+    });
+    __syncwarp();  // grad may arrive
+    copy(tiles.grad, p.grad);
   }
 
-  // Relative to the largest of the query, which the lines get: half precision is exact enough there. Returns what
-  // the exponents of lines begin with.
+  // Relative to the largest of the query, which is returned, for half precision to be exact enough.
   __device__ __forceinline__ float fill_columns(int row, int part) const {
     const int keys_w = p.shape.axis[kW].keys;
     float* of_row = stage() + (row - first) * kStageLd;
-    strip_factors<T>(p, kW, {0, keys_w}, rows, tile.q, first,
+    strip_factors<T>(p, kW, {0, keys_w}, tiles.rows, tiles.q, first,
                      [&](int, int to, int key, float x) { stage()[to * kStageLd + key] = x; });
     __syncwarp();
-    const bool biased = rows[row].of[kW] >= 0;
-    float most = -INFINITY;
-    for (int i = part; biased && i < keys_w; i += 2) most = fmaxf(most, of_row[i]);
-    most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
-    const float largest = biased ? most : 0.f;
-    for (int i = part; i < slots.line; i += 2) {
-      const float x = biased && i < keys_w ? (of_row[i] - largest) * p.inverse_scale : 0.f;
-      tile.columns[row * tile.column_ld + i] = __float2half_rn(i < keys_w ? x : -INFINITY);
+    const bool exists = row < place.count;
+    float largest = exists ? -INFINITY : 0.f;
+    for (int i = part; exists && i < keys_w; i += 2) largest = fmaxf(largest, of_row[i]);
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 16));
+    for (int i = part; i < kWindowLine; i += 2) {
+      const float x = exists && i < keys_w ? (of_row[i] - largest) * p.inverse_scale : 0.f;
+      tiles.columns[row * kWindowColumnLd + i] = __float2half_rn(i < keys_w ? x : -INFINITY);
     }
-    return offset_of_class(row) + largest * kLog2e;
+    return largest;
   }
 
-  // ds [slots, queries of the pass]. The strip's rows of q and grad are free again.
-  __device__ __forceinline__ void take(const Tile<T, D>& k, const T* ds, int ds_ld) const {
-    float* own_lines = tile.lines + slots.prefix_lines * p.block_rows;
-    const LineGradients dlines{own_lines, p.block_rows};
-    for (int i = threadIdx.x % 32; i < p.shape.outer_keys() * 16; i += 32) dlines.at(i / 16, first + i % 16) = 0.f;
-    __syncwarp();
-    float dq[1][D / 8][4] = {}, dcolumn[2][4] = {};
-    add_keys(k, ds, ds_ld, dlines, dq, dcolumn);
-    put_columns(dcolumn);
-    __syncwarp();  // they are there, and those of lines
-    const Tile<T, D> table_rows{tile.q.at(first, 0)};
+  // dq and the factor gradients, from ds. The strip's rows of q and grad are free again.
+  __device__ __forceinline__ void take() const {
+    sum_factors();
+    float dq[1][D / 8][4] = {};
+#pragma unroll 1
+    for (int line = 0; line < p.shape.outer_keys(); ++line) {
+      OperandA<T> ds;
+      load_transposed(ds, tiles.ds, tiles.ds_ld, line * kWindowLine, first);
+#pragma unroll
+      for (int d = 0; d < D / 8; d += 2) {
+        OperandB<T> columns[2];
+        load_straight(columns, tiles.k, line * kWindowLine, d);
+        multiply(dq[0][d], ds, columns[0]);
+        multiply(dq[0][d + 1], ds, columns[1]);
+      }
+    }
+    const Tile<T, D> table_rows{tiles.q.at(first, 0)};
     const float* columns = stage();
     const auto of_column = [columns](int row, int key) { return columns[row * kStageLd + key]; };
     const int keys_w = p.shape.axis[kW].keys;
     if (p.dfactors) write_factors(p, place, first, kW, 0, keys_w, of_column);
-    add_table_products(p, kW, {0, keys_w}, rows, first, table_rows, dq, of_column);
-    end_lines(p, place, rows, first, dlines, table_rows, dq);
+    add_table_products(p, kW, {0, keys_w}, tiles.rows, first, table_rows, dq, of_column);
+    end_lines(p, place, tiles.rows, first, {tiles.lines, p.block_rows}, table_rows, dq);
     if (p.dq.data) {
       __syncwarp();  // the table rows may be overwritten
-      put_strip(tile.q, first, dq[0], p.scale);
-      store_queries(tile.q, first, p, place, p.dq);
+      put_strip(tiles.q, first, dq[0], p.scale);
+      store_queries(tiles.q, first, p, place, p.dq);
     }
     __syncwarp();  // the next pass may come
   }
 
-  __device__ __forceinline__ void add_keys(const Tile<T, D>& k, const T* ds, int ds_ld, const LineGradients& dlines,
-                                           float (&dq)[1][D / 8][4], float (&dcolumn)[2][4]) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, count = static_cast<int>(slots.count(p.shape));
-    const int line_blocks = slots.line / 8;
-    const uint32_t ones = pair_of(1.f, 1.f), diagonal = pair_of(g == 2 * t, g == 2 * t + 1);
-    OperandB<T> each_block;  // even columns: the first 8 keys; odd columns: the others
-    each_block.pairs[0] = g % 2 ? 0u : ones, each_block.pairs[1] = g % 2 ? ones : 0u;
-    int line = 0, block_of_line = 0;  // of the block of 8 keys, once past the class tokens
+  // Of lines in the place of their factors, of columns in the stage.
+  __device__ __forceinline__ void sum_factors() const {
+    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint32_t diagonal = pair_of(g == 2 * t, g == 2 * t + 1);
+    const OperandB<T> all{{pair_of(1.f, 1.f), pair_of(1.f, 1.f)}}, left{{diagonal, 0u}}, right{{0u, diagonal}};
+    float dcolumn[2][4] = {};
 #pragma unroll 1
-    for (int slot = 0; slot < count; slot += 16) {
-      OperandA<T> part;
-      load_transposed(part, ds, ds_ld, slot, first);
-#pragma unroll
-      for (int d = 0; d < D / 8; d += 2) {
-        OperandB<T> columns[2];
-        load_straight(columns, k, slot, d);
-        multiply(dq[0][d], part, columns[0]);
-        multiply(dq[0][d + 1], part, columns[1]);
-      }
-      float sums[4] = {};
-      multiply(sums, part, each_block);
-      OperandB<T> to_left, to_right;
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const bool of_line = slot + j * 8 >= slots.prefix && slot + j * 8 < count;
-        to_left.pairs[j] = of_line && !block_of_line ? diagonal : 0u;
-        to_right.pairs[j] = of_line && block_of_line ? diagonal : 0u;
-        if (!of_line) continue;
-        if (t == 0) dlines.at(line, first + g) += sums[j], dlines.at(line, first + g + 8) += sums[2 + j];
-        if (++block_of_line == line_blocks) block_of_line = 0, ++line;
-      }
-      multiply(dcolumn[0], part, to_left);
-      multiply(dcolumn[1], part, to_right);
+    for (int line = 0; line < p.shape.outer_keys(); ++line) {
+      OperandA<T> ds;
+      load_transposed(ds, tiles.ds, tiles.ds_ld, line * kWindowLine, first);
+      float dline[4] = {};
+      multiply(dline, ds, all);
+      multiply(dcolumn[0], ds, left);
+      multiply(dcolumn[1], ds, right);
+      float* to = tiles.lines + line * p.block_rows + first + g;
+      if (t == 0) to[0] = dline[0], to[8] = dline[2];
     }
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        set_pair(stage() + (g + half * 8) * kStageLd + j * 8 + 2 * t, dcolumn[j][2 * half], dcolumn[j][2 * half + 1]);
+    __syncwarp();  // all are there
   }
 
   __device__ __forceinline__ static uint32_t pair_of(float x, float y) {
@@ -156,80 +220,44 @@ struct WindowStrip {
     set_pair(reinterpret_cast<T*>(&pair), x, y);
     return pair;
   }
-
-  __device__ __forceinline__ void put_columns(const float (&dcolumn)[2][4]) const {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        set_pair(stage() + (lane / 4 + half * 8) * kStageLd + j * 8 + lane % 4 * 2, dcolumn[j][2 * half],
-                 dcolumn[j][2 * half + 1]);
-  }
 };
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window_kernel(const AttentionBwdParams p) {
-  constexpr int kStrips = kWindowSlots / 16, kPart = 2;
+  constexpr int kPart = 2;
   RELPOS_DYNAMIC_SHARED(shared);
-  const AttentionBwdWindowShared at = attention_bwd_window_shared(p.shape, p.block_rows, D);
-  BlockPlace* places = reinterpret_cast<BlockPlace*>(shared);
-  Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
-  const Tile<T, D> k{reinterpret_cast<T*>(shared + at.k)}, v{reinterpret_cast<T*>(shared + at.v)};
-  T* ds = reinterpret_cast<T*>(shared + at.ds);
-  const QueryTile<T, D> tile{{reinterpret_cast<T*>(shared + at.q)},
-                             {reinterpret_cast<T*>(shared + at.grad)},
-                             reinterpret_cast<__half*>(shared + at.columns),
-                             at.column_ld,
-                             reinterpret_cast<float*>(shared + at.lines),
-                             reinterpret_cast<float*>(shared + at.delta)};
-  const int warp = threadIdx.x / 32, block_slots = 2 * p.block_rows, M = static_cast<int>(p.shape.M());
-
-  if (threadIdx.x < kWindowPasses) {
-    BlockPlace& of_pass = places[threadIdx.x];
-    find_place(p, M, of_pass);
-    of_pass.first = threadIdx.x * p.block_rows;
-    of_pass.count = min(p.block_rows, M - of_pass.first);
-  }
-  SlotBlock& block = *reinterpret_cast<SlotBlock*>(shared + at.slots);
-  if (threadIdx.x == 0) block = SlotBlock(p, 0, block_slots);
+  WindowState& state = *reinterpret_cast<WindowState*>(shared);
+  if (threadIdx.x == 0) state.fill(p, D);
   __syncthreads();
-  const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
-    const T* data = rows_of<T>(places[0], from);
-    copy_rows(to, block_slots, p.shape.D, threadIdx.x, blockDim.x, data, [&](int row) {
-      const int n = block.token(p.shape, row);
-      return n >= 0 ? data + n * from.row : nullptr;
-    });
-  };
-  copy(k, p.k);
-  copy(v, p.v);
+  copy_window_keys(WindowTiles<T, D>(shared, state.at).k, p, state.passes[0], p.k);
+  copy_window_keys(WindowTiles<T, D>(shared, state.at).v, p, state.passes[0], p.v);
   cp_async_commit();
 
-  AttentionBwdKeys<T, D, kStrips, kPart> mine(p, warp * kWindowSlots);
+  const int warp = threadIdx.x / 32;
+  AttentionBwdKeys<T, D, kWindowWarpLines, kPart> mine(p, warp * kWindowWarpLines * kWindowLine);
 #pragma unroll 1
-  for (int pass = 0; pass * p.block_rows < M; ++pass) {
-    const WindowStrip<T, D> strip{p, places[pass], block.slots, tile, rows, warp * 16};
-    strip.fill();
+  for (int& done = state.done[warp]; done * p.block_rows < p.shape.M();) {
+    const BlockPlace& pass = state.passes[done];
+    const auto strip = [&] { return WindowStrip<T, D>{p, pass, {shared, state.at}, warp * 16}; };
+    strip().fill();
     cp_async_wait<0>();
     __syncthreads();  // all strips are there, and the last pass is done with
-    const KeyBlocks<kStrips> blocks(p, block, mine.first, p.block_rows);
-    for (int begin = 0; begin < strip.place.count; begin += 8 * kPart)
-      mine.absorb(blocks, tile, begin, k, v, 0, [&](const float(&x)[kStrips][kPart][4]) {
-        const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int s = 0; s < kStrips; ++s)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            T* to = ds + (mine.first + s * 16 + half * 8 + lane / 4) * at.ds_ld + begin + lane % 4 * 2;
-#pragma unroll
-            for (int j = 0; j < kPart; ++j) set_pair(to + j * 8, x[s][j][2 * half], x[s][j][2 * half + 1]);
-          }
-      });
+    {
+      const WindowTiles<T, D> tiles(shared, state.at);
+      const WindowLines lines{warp * kWindowWarpLines, p.block_rows};
+      for (int begin = 0; begin < pass.count; begin += 8 * kPart)
+        mine.absorb(lines, tiles, begin, tiles.k, tiles.v, 0,
+                    [&](const auto& ds) { tiles.put_ds(mine.first, begin, ds); });
+    }
     __syncthreads();  // ds is complete
-    if (p.dq.data || p.dfactors) strip.take(k, ds, at.ds_ld);
+    if (p.dq.data || p.dfactors) strip().take();
+    if (threadIdx.x % 32 == 0) ++done;
+    __syncwarp();
   }
-  mine.store(p.dk, mine.dk, p.scale, v, places[0], block);
-  mine.store(p.dv, mine.dv, 1.f, v, places[0], block);
+  const Tile<T, D> own = WindowTiles<T, D>(shared, state.at).v;
+  const auto token = [&](int slot) { return window_token(p.shape, slot); };
+  mine.store(p.dk, mine.dk, p.scale, own, state.passes[0], token);
+  mine.store(p.dv, mine.dv, 1.f, own, state.passes[0], token);
 }
 
 }  // namespace relpos

@@ -55,21 +55,35 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
     copy_rows(table_rows, 16, p.shape.D, lane, 32, table,
               [&](int row) { return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr; });
     cp_async_commit();
-    float whole[1][2][4], rest[1][2][4];
+    float x[2][4];
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int row = lane / 4 + e / 2 * 8, l = l0 + j * 8 + lane % 4 * 2 + e % 2, c = rows[first + row].of[a];
         const int key = c >= 0 && l <= high ? p.index[axis.inverse + c * axis.rows + l - axis.first_row] : -1;
-        const float x = key >= keys.begin && key < keys.end ? gradient(row, key) * p.inverse_scale : 0.f;
-        whole[0][j][e] = to_float(from_float<T>(x));
-        rest[0][j][e] = x - whole[0][j][e];
+        x[j][e] = key >= keys.begin && key < keys.end ? gradient(row, key) * p.inverse_scale : 0.f;
       }
+    constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // half precision: what rounding takes away is the second
+    OperandA<T> parts[kParts];
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      parts[i].set(x[0], x[1]);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) x[e / 4][e % 4] -= to_float(from_float<T>(x[e / 4][e % 4]));
+    }
     cp_async_wait<0>();
     __syncwarp();
-    add_weighted(dq, whole, table_rows, 0);
-    if constexpr (sizeof(T) == 2) add_weighted(dq, rest, table_rows, 0);
+#pragma unroll
+    for (int d = 0; d < D / 8; d += 2) {
+      OperandB<T> columns[2];
+      load_straight(columns, table_rows, 0, d);
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        multiply(dq[0][d], parts[i], columns[0]);
+        multiply(dq[0][d + 1], parts[i], columns[1]);
+      }
+    }
   }
 }
 
@@ -85,9 +99,9 @@ __device__ __forceinline__ void write_factors(const AttentionBwdParams& p, const
 
 // The line gradients of a strip: written, and their share of dq added.
 template <typename T, int D>
-__device__ __forceinline__ void end_lines(const AttentionBwdParams& p, const BlockPlace& block,
-                                          const Coordinates* rows, int first, const LineGradients& dlines,
-                                          const Tile<T, D>& table_rows, float (&dq)[1][D / 8][4]) {
+__device__ __forceinline__ void end_lines(const AttentionBwdParams& p, const BlockPlace& block, const Coordinates* rows,
+                                          int first, const LineGradients& dlines, const Tile<T, D>& table_rows,
+                                          float (&dq)[1][D / 8][4]) {
 #pragma unroll 1
   for (int a = kT; a < kW; ++a) {
     const KeyRange all{0, p.shape.axis[a].keys};

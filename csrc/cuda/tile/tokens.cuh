@@ -93,8 +93,7 @@ __device__ __forceinline__ void store_queries(const Tile<T, D>& from, int first,
 
 // The lane's share of a strip of results, times `factor`, into rows `first` .. of a tile; for the whole warp to read.
 template <typename T, int D>
-__device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const float (&x)[D / 8][4],
-                                          float factor) {
+__device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const float (&x)[D / 8][4], float factor) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
