@@ -95,16 +95,23 @@ def refusal(
 
 def backward_in_one_pass(q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int) -> bool:
     """Whether one CUDA kernel makes all gradients of the attention, without a cache of the factors."""
-    return _one_pass(_arch(q.device), q.dtype, q_size, k_size, operator.index(q.shape[-1]), num_prefix_tokens)
+    return _constant_one_pass(
+        q.device, q.dtype, tuple(q_size), tuple(k_size), operator.index(q.shape[-1]), num_prefix_tokens
+    )
 
 
+def _constant_one_pass(device: torch.device, *problem: Any) -> bool:
+    return _one_pass(_arch(device), *problem)
+
+
+_constant_one_pass._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.lru_cache(maxsize=1024)
 def _one_pass(arch: int, dtype: torch.dtype, *problem: Any) -> bool:
     planner = _loader.plan()
     name = str(dtype).removeprefix("torch.")
     return planner is not None and not planner.plan_attention("backward_window", name, 1, *problem, arch, 1.0).refusal
-
-
-_one_pass._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _without_kernels(kind: str, op: str) -> str | None:

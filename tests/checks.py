@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+import relpos_cuda
+from problems import ATTENTION_NAMES, AttentionInputs, Problem, run_attention, vanishes
+from relpos_cuda import reference
+
 
 def miss(got: Tensor, exact: Tensor) -> float:
     """Largest absolute error; infinite where something is not finite."""
@@ -33,3 +37,17 @@ def assert_vanishes(got: Tensor, exact: Tensor, all_exact: list[Tensor], name: s
     """For a gradient that is exactly zero, or nearly: 64 roundings of the largest value that led to it."""
     allowed = 64 * torch.finfo(got.dtype).eps * max(t.abs().max().item() for t in all_exact)
     assert miss(got, exact) <= allowed, f"{name} is off by {miss(got, exact):.1e}, allowed {allowed:.1e}"
+
+
+def compare_attention(
+    problem: Problem, inputs: AttentionInputs, dtype: torch.dtype, device: str, **more: float
+) -> None:
+    """The output and every gradient of rel_pos_attention, against float64 and eager."""
+    exact = run_attention(reference.rel_pos_attention, problem, inputs, torch.float64, **more)
+    rival = run_attention(reference.rel_pos_attention, problem, inputs, dtype, device, **more)
+    got = run_attention(relpos_cuda.rel_pos_attention, problem, inputs, dtype, device, **more)
+    for name, g, r, e in zip(ATTENTION_NAMES, got, rival, exact, strict=False):
+        if vanishes(problem, name):
+            assert_vanishes(g, e, exact, name)
+        else:
+            assert_close_as_eager(g, r, e, name)

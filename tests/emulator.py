@@ -23,6 +23,7 @@ SOURCES = [
 ]
 NAMESPACE = "relpos_emulated"
 FEW_KERNELS = "-DRELPOS_FEW_KERNELS"  # fewer head dimensions, for what is compiled with sanitizers
+ARCH = "RELPOS_EMULATED_ARCH"  # variable with the architecture that plans are for
 INSTEAD = "RELPOS_EMULATED_LIBRARY"  # variable that names another library to test, one with a planted bug
 
 
@@ -35,6 +36,8 @@ def use(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(_ops, name, getattr(ops, name).default)
     monkeypatch.setattr(autograd, "_needs_work_spaces", lambda q: True)
     monkeypatch.setattr(support, "fused", _fused)
+    monkeypatch.setattr(support, "_arch", lambda device: int(os.environ.get(ARCH, "80")))
+    support.refusal.cache_clear()  # it goes by devices, and what was one architecture may be another now
 
 
 def _fused(

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relpos_cuda
-from checks import assert_close_as_eager, assert_exact_as_float64, assert_vanishes
+from checks import assert_exact_as_float64, assert_vanishes, compare_attention
 from conftest import use_device
 from problems import (
     ATTENTION_NAMES,
@@ -66,35 +66,24 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return "cpu"
 
 
-def compare(problem: Problem, inputs, dtype: torch.dtype, device: str, **more) -> None:
-    exact = run_attention(eager, problem, inputs, torch.float64, **more)
-    rival = run_attention(eager, problem, inputs, dtype, device, **more)
-    got = run_attention(ours, problem, inputs, dtype, device, **more)
-    for name, g, r, e in zip(ATTENTION_NAMES, got, rival, exact, strict=False):
-        if vanishes(problem, name):
-            assert_vanishes(g, e, exact, name)
-        else:
-            assert_close_as_eager(g, r, e, name)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
 def test_tiny_problems(problem: Problem, dtype: torch.dtype, device: str, request: pytest.FixtureRequest):
     if problem.columns > 10000 and request.node.callspec.params["device"] == "emulated":
         pytest.skip("takes minutes in the emulator; many_spans is like it")
-    compare(problem, draw_attention(problem, dtype), dtype, device)
+    compare_attention(problem, draw_attention(problem, dtype), dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
 @pytest.mark.parametrize("problem", SOME_MODELS, ids=str)
 def test_models(problem: Problem, dtype: torch.dtype, device: str):
-    compare(problem, draw_attention(problem, dtype), dtype, device)
+    compare_attention(problem, draw_attention(problem, dtype), dtype, device)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.3, 1, 2.5])
 def test_scale(scale: float, device: str):
     problem = same("scale", 4, 5, 16)
-    compare(problem, draw_attention(problem, torch.float32), torch.float32, device, scale=scale)
+    compare_attention(problem, draw_attention(problem, torch.float32), torch.float32, device, scale=scale)
 
 
 @pytest.mark.parametrize("problem", [*PROBLEMS, SOME_MODELS[0]], ids=str)
@@ -143,7 +132,7 @@ def test_large_bias(dtype: torch.dtype, device: str):
     inputs = draw_attention(problem, dtype)
     for table in inputs.tensors[3:]:
         table *= 8
-    compare(problem, inputs, dtype, device)
+    compare_attention(problem, inputs, dtype, device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
@@ -152,7 +141,7 @@ def test_one_huge_logit(dtype: torch.dtype, device: str):
     inputs = draw_attention(problem, dtype)
     inputs.tensors[0][0, 0, 5] *= 64
     inputs.tensors[1][0, 0, 11] *= 64
-    compare(problem, inputs, dtype, device)
+    compare_attention(problem, inputs, dtype, device)
 
 
 def test_logits_beyond_float16(device: str):
@@ -277,7 +266,7 @@ def test_chunks(problem: Problem, budget: str, dtype: torch.dtype, monkeypatch: 
     monkeypatch.setattr(
         _fallback_attention, "_logits", lambda q, *args: (seen.append(q.shape[:3].numel()), original(q, *args))[1]
     )
-    compare(problem, draw_attention(problem, dtype), dtype, "cpu")
+    compare_attention(problem, draw_attention(problem, dtype), dtype, "cpu")
     assert max(seen) == max(1, int(fit)) and sum(seen) == 2 * problem.batch * problem.heads * problem.rows
 
 

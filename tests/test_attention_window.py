@@ -1,0 +1,184 @@
+"""The backward of windows in one CUDA kernel: values, every gradient, and that it is this kernel that runs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import emulator
+import relpos_cuda
+from checks import compare_attention
+from conftest import use_device
+from problems import ATTENTION_NAMES, AttentionInputs, Problem, call_attention, draw_attention, run_attention, same
+from relpos_cuda import _ops, support
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+WINDOWS = [
+    same("sam_b_window", 14, 14, 64),
+    same("sam_h_window", 14, 14, 80, heads=1),
+    same("widest_16x16", 16, 16, 64, heads=1),
+    same("odd_lines_13x13", 13, 13, 48, heads=1),
+    same("one_line_1x9", 1, 9, 8, batch=4),
+    same("interpolated", 5, 12, 40, table=27),
+    Problem("one_pass", (3, 7), (14, 14), 24),
+    Problem("finer_queries", (8, 12), (6, 10), 16),
+    Problem("fraction", (9, 10), (5, 9), 72),
+    Problem("video", (2, 3, 11), (3, 4, 11), 32),
+]
+SMALL = [p for p in WINDOWS if p.rows < 100 and p.head_dim <= 64]
+ours = relpos_cuda.rel_pos_attention
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(emulator.ARCH, "90")  # whose shared memory has room for all of them
+    return use_device(request.param, monkeypatch)
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of every call of the backward; that without a cache is the one."""
+    calls: list[int] = []
+    original, columns = _ops.attention_bwd, 14
+    monkeypatch.setattr(
+        _ops, "attention_bwd", lambda *args: (calls.append(1 if args[columns] is None else 2), original(*args))
+    )
+    return calls
+
+
+def fits(problem: Problem, device: str) -> bool:
+    q = torch.empty(1, 1, 1, problem.head_dim, dtype=torch.float16, device=device)
+    return support.backward_in_one_pass(q, problem.q_size, problem.k_size, problem.prefix)
+
+
+@HALVES
+@pytest.mark.parametrize("problem", WINDOWS, ids=str)
+def test_windows(problem: Problem, dtype: torch.dtype, device: str, passes: list[int]):
+    if device == "cuda" and not fits(problem, device):
+        pytest.skip("this GPU has too little shared memory for it")
+    compare_attention(problem, draw_attention(problem, dtype), dtype, device)
+    assert passes == [1]
+
+
+@HALVES
+@pytest.mark.parametrize("problem", SMALL, ids=str)
+def test_two_kernels_take_windows_too(
+    problem: Problem, dtype: torch.dtype, device: str, passes: list[int], monkeypatch: pytest.MonkeyPatch
+):
+    """As for the windows that do not fit."""
+    monkeypatch.setattr(support, "backward_in_one_pass", lambda *_: False)
+    compare_attention(problem, draw_attention(problem, dtype), dtype, device)
+    assert passes == [2]
+
+
+@pytest.mark.parametrize("wanted", [[1], [2], [0, 1], [2, 3], [1, 4], [0, 2, 3, 4]])
+def test_only_the_gradients_that_are_asked_for(wanted: list[int], device: str, passes: list[int]):
+    problem = same("some", 4, 11, 16)
+    inputs = draw_attention(problem, torch.bfloat16)
+    every = run_attention(ours, problem, inputs, torch.bfloat16, device)[1:]
+    leaves = inputs.leaves(torch.bfloat16, device)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    out = call_attention(ours, problem, leaves)
+    got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(device, torch.bfloat16))
+    assert all(torch.equal(g, every[i]) for g, i in zip(got, wanted, strict=True))
+    assert passes == [1, 1]
+
+
+@pytest.mark.parametrize("wanted", [[0], [3], [0, 4]])
+def test_one_kernel_is_not_asked_for_less_than_it_makes(wanted: list[int], device: str, passes: list[int]):
+    """Without dk and dv, the kernel of the queries has less to do."""
+    problem = same("some", 4, 11, 16)
+    inputs = draw_attention(problem, torch.bfloat16)
+    leaves = inputs.leaves(torch.bfloat16, device)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    exact = run_attention(ours, problem, inputs, torch.float64)[1:]
+    out = call_attention(ours, problem, leaves)
+    got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(device, torch.bfloat16))
+    for g, i in zip(got, wanted, strict=True):
+        torch.testing.assert_close(g.cpu().double(), exact[i], rtol=2**-5, atol=2**-4)
+
+
+def with_large_bias(inputs: AttentionInputs) -> None:
+    for table in inputs.tensors[3:]:
+        table *= 8
+
+
+def with_huge_logit(inputs: AttentionInputs) -> None:
+    inputs.tensors[0][0, 0, 5] *= 64
+    inputs.tensors[1][0, 0, 11] *= 64
+
+
+def with_small_logits(inputs: AttentionInputs) -> None:
+    """All far below zero: what pads a window would win every softmax."""
+    inputs.tensors[0] = inputs.tensors[0].abs() + 4
+    inputs.tensors[1] = -inputs.tensors[1].abs() - 4
+
+
+@HALVES
+@pytest.mark.parametrize("extreme", [with_large_bias, with_huge_logit, with_small_logits])
+def test_extremes(extreme, dtype: torch.dtype, device: str, passes: list[int]):
+    problem = same("extreme", 5, 11, 32, batch=2)
+    inputs = draw_attention(problem, dtype)
+    extreme(inputs)
+    inputs.tensors = [t.to(dtype).double() for t in inputs.tensors]
+    compare_attention(problem, inputs, dtype, device)
+    assert passes == [1]
+
+
+def test_packed_views_and_expanded_gradients(device: str, passes: list[int]):
+    problem = same("strided", 4, 9, 16, batch=2, heads=3)
+    inputs = draw_attention(problem, torch.bfloat16)
+    leaves = inputs.leaves(torch.bfloat16, device)
+    qkv = torch.stack([t.transpose(1, 2) for t in leaves[:3]], dim=2).permute(2, 0, 3, 1, 4)
+    out = call_attention(ours, problem, [*qkv, *leaves[3:]])
+    grad = inputs.grad[:1, :1, :, :1].to(device, torch.bfloat16).expand_as(out)
+    got = torch.autograd.grad(out, leaves, grad)
+    inputs.grad = grad.double().cpu().contiguous()
+    expected = run_attention(ours, problem, inputs, torch.bfloat16, device)
+    for name, g, e in zip(ATTENTION_NAMES, (out, *got), expected, strict=False):
+        assert torch.equal(g, e), name
+    assert passes == [1, 1]
+
+
+def test_equal_bits_every_time(device: str):
+    problem = same("repeated", 8, 12, 32, batch=2, heads=3)
+    inputs = draw_attention(problem, torch.float16)
+    first = run_attention(ours, problem, inputs, torch.float16, device)
+    for _ in range(3):
+        again = run_attention(ours, problem, inputs, torch.float16, device)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    "dtype,k_size,head_dim,prefix,reason",
+    [
+        (torch.float32, (4, 9), 16, 0, "half precision"),
+        (torch.float16, (4, 9), 96, 0, "a D up to 80, not 96"),
+        (torch.float16, (4, 9), 16, 1, "no class tokens"),
+        (torch.float16, (4, 8), 16, 0, "9 to 16 keys in a line, not 8"),
+        (torch.float16, (4, 17), 16, 0, "9 to 16 keys in a line, not 17"),
+        (torch.float16, (17, 9), 16, 0, "up to 16 lines of keys, not 17"),
+    ],
+)
+def test_no_other_problem_goes_without_a_cache(dtype, k_size, head_dim, prefix, reason, device, monkeypatch):
+    """The op refuses before any launch, should its caller think otherwise."""
+    problem = Problem("other", k_size, k_size, head_dim, prefix=prefix)
+    assert not fits(problem, device) or dtype == torch.float32
+    monkeypatch.setattr(support, "backward_in_one_pass", lambda *_: True)
+    with pytest.raises(RuntimeError, match=reason):
+        run_attention(ours, problem, draw_attention(problem, dtype), dtype, device)
+
+
+def test_too_many_queries_for_one_pass(device: str):
+    assert not fits(Problem("many", (33, 1), (1, 9), 16), device)
+    assert fits(Problem("as_many_as_go", (32, 1), (1, 9), 16), device)
