@@ -37,6 +37,7 @@ KERNELS |= {
         for k in tiles
     ),
     *(f"attention_bwd_keys {t} {d}" for t, d in TILES),
+    *(f"attention_bwd_window {t} {d}" for t in HALF for d in (64, 80)),
 }
 THREADS = 256
 UNROLL = 4  # vectors that a thread has in flight
@@ -69,6 +70,11 @@ def faults_of_memory(k: Kernel) -> Iterator[str]:
         yield f"atomics: {len(found)} of {sorted(set(found))}"
 
 
+def faults_of_widths(k: Kernel) -> Iterator[str]:
+    if found := [opcode for opcode in k.roots("LDG", "STG") if ".U8" in opcode]:
+        yield f"accesses to global memory by bytes: {len(found)}"
+
+
 def faults_of_tensor_cores(k: Kernel) -> Iterator[str]:
     for root, wanted in (("HMMA", k.tensor_cores), ("LDSM", k.loads_matrices)):
         if bool(k.roots(root)) != wanted:
@@ -94,7 +100,7 @@ def faults_of_stream(k: Kernel) -> Iterator[str]:
         yield "a vector is used before all are on their way"
 
 
-RULES = [faults_of_memory, faults_of_tensor_cores, faults_of_stream]
+RULES = [faults_of_memory, faults_of_widths, faults_of_tensor_cores, faults_of_stream]
 
 
 @needs_tools
@@ -170,6 +176,19 @@ def test_eight_warps_of_attention_fill_an_sm(built: Built, planner, arch: str, k
 
 @needs_tools
 @pytest.mark.slow
+@pytest.mark.parametrize("head_dim,arch", [(64, "80"), (64, "90a"), (80, "90a")])
+def test_an_sm_has_room_for_a_window(built: Built, planner, head_dim: int, arch: str):
+    """D 80 takes more shared memory than sm_80 has: two kernels, there."""
+    registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
+    window = (14, 14)
+    p = planner.plan_attention("backward_window", "float16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
+    assert (p.refusal, p.threads) == ("", 7 * 32)
+    name = f"attention_bwd_window float16 {head_dim}"
+    assert sass.blocks_per_sm(arch, p.threads, registers[name], p.shared_bytes) >= 1
+
+
+@needs_tools
+@pytest.mark.slow
 @each_arch
 def test_what_the_bias_costs(arch: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Instructions of the forward's loop over tiles of keys: at most 1.2 times those without a bias."""
@@ -225,6 +244,7 @@ def test_parser_and_control_flow():
     [
         ("FADD R4, R4, R5", "STL [R1], R4", "local or generic memory: 1 of ['STL']"),
         ("FADD R4, R4, R5", "RED.E.ADD.F32.FTZ.RN.STRONG.GPU [R2.64], R4", "atomics: 1 of ['RED.E"),
+        ("FADD R4, R4, R5", "LDG.E.U8 R4, [R2.64+0x1]", "by bytes: 1"),
         ("FADD R4, R4, R5", "HMMA.16816.F32 R4, R4, R8, R4", "1 HMMA"),
         ("LDG.E.NA.128 R16, [R2.64+0x3000]", "FADD R4, R4, R5", "3 reads and 4 writes"),
         ("STG.E.128 [R2.64], R4", "STG.E.64 [R2.64], R4", "4 reads and 3 writes"),
