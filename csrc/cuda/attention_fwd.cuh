@@ -145,14 +145,13 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
     }
   };
   const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
-#pragma unroll
-    for (int begin = 0; begin < BLOCKS; begin += Warp::kPart) {
+    for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, span, tile, [&](int begin) {
       float score[kStrips][Warp::kPart][4], line[kStrips][Warp::kPart][2];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
       add_products(score, q, first, k, begin * 8);
       mine.absorb(score, line, p.to_powers, v, begin * 8);
-    }
+    });
   };
   keys.for_each_tile(p, block, span, begin_span, absorb, [](const Span&) {});
 #pragma unroll

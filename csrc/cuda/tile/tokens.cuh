@@ -122,6 +122,18 @@ __device__ __forceinline__ int column_of(const KeyTiling& keys, const Span& span
   return span.of_lines ? keys.column_of[j] : 8 * j;
 }
 
+// work(begin) for PART blocks at a time, as far as blocks of a tile have keys. A tile of one line is never short.
+template <int BLOCKS, int PART, bool ONE_LINE, typename F>
+__device__ __forceinline__ void for_each_part(const AttentionParams& p, const Span& span, int tile, F&& work) {
+  const int lines = min(p.keys.lines, p.shape.outer_keys() - tile * p.keys.lines);
+  const int blocks = span.of_lines ? lines * p.keys.columns / 8 : ceil_div(span.columns, 8);
+#pragma unroll
+  for (int begin = 0; begin < BLOCKS; begin += PART) {
+    if (!ONE_LINE && begin >= blocks) break;
+    work(begin);
+  }
+}
+
 // Tile number `tile` of a span: k and v.
 template <typename T, int D>
 __device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>& v, const AttentionParams& p,
