@@ -239,7 +239,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
 
   AttentionBwdKeys<T, D, 1, kPart> mine(p, threadIdx.x / 32 * 16);
   const KeyBlocks blocks(p, block, mine.first, kQueries);
-  const int tiles = ceil_div(static_cast<int>(p.shape.M()), kQueries);
+  const int M = static_cast<int>(p.shape.M()), tiles = ceil_div(M, kQueries);
+
   for (int tile = -1; tile < tiles; ++tile) {
     cp_async_wait<0>();
     __syncthreads();  // it is there, and the one before is done with
@@ -248,7 +249,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
     if (tile < 0) continue;
     const QueryStage<T, D> stage(shared, at, tile % 2);
 #pragma unroll 1
-    for (int begin = 0; begin < kQueries; begin += kPart * 8)
+    for (int begin = 0; begin < min(kQueries, M - tile * kQueries); begin += kPart * 8)
       mine.absorb(blocks, stage, begin, k, v, kQueries, [](const auto&) {});
   }
   const auto token = [&](int row) { return block.token(p.shape, block.first + row); };

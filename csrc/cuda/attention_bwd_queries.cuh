@@ -227,7 +227,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
   Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
   const auto in_parts = [&](auto&& work) {
     return [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
-      for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, span, tile, [&](int begin) { work(tile, begin, k, v); });
+      for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, block, mine.bias.first, span, tile,
+                                                   [&](int begin) { work(tile, begin, k, v); });
     };
   };
   const auto begin_span = [&](const Span&) { mine.bias.fill_columns(p, span, rows, q, mine.below, {0.f, 0.f}, stage); };

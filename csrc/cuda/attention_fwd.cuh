@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
     }
   };
   const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
-    for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, span, tile, [&](int begin) {
+    for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, block, first, span, tile, [&](int begin) {
       float score[kStrips][Warp::kPart][4], line[kStrips][Warp::kPart][2];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);

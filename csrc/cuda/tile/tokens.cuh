@@ -122,9 +122,12 @@ __device__ __forceinline__ int column_of(const KeyTiling& keys, const Span& span
   return span.of_lines ? keys.column_of[j] : 8 * j;
 }
 
-// work(begin) for PART blocks at a time, as far as blocks of a tile have keys. A tile of one line is never short.
+// work(begin) for PART blocks of a tile at a time, by the warp of queries `first` and on: as far as there are queries
+// and the blocks have keys. Large grids, of one line per tile, hardly have tiles without.
 template <int BLOCKS, int PART, bool ONE_LINE, typename F>
-__device__ __forceinline__ void for_each_part(const AttentionParams& p, const Span& span, int tile, F&& work) {
+__device__ __forceinline__ void for_each_part(const AttentionParams& p, const BlockPlace& block, int first,
+                                              const Span& span, int tile, F&& work) {
+  if (!ONE_LINE && first >= block.count) return;
   const int lines = min(p.keys.lines, p.shape.outer_keys() - tile * p.keys.lines);
   const int blocks = span.of_lines ? lines * p.keys.columns / 8 : ceil_div(span.columns, 8);
 #pragma unroll
