@@ -167,7 +167,7 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
 // Backward of windows, in one pass: half precision, a block per group with all keys in shared memory, every line
 // padded to a strip of 16 slots. A warp has two lines and, of every pass over the queries, one strip of 16.
 constexpr int kWindowLine = 16, kWindowWarpLines = 2, kWindowPasses = 2;
-constexpr int kMostWindowLines = kMostAttentionThreads / 32 * kWindowWarpLines;
+constexpr int kWindowWarps = kMostAttentionThreads / 32, kMostWindowLines = kWindowWarps * kWindowWarpLines;  // at most
 constexpr int kMostWindowD = 80;     // registers
 constexpr int kWindowColumnLd = 24;  // elements between the column factors of two queries
 constexpr int64_t kWindowStateBytes = 192;

@@ -26,18 +26,23 @@ from simt.toolchain import ADDRESS, PLAIN, THREAD, Sanitizer
 
 NAMES = "tiny or misaligned or table_gradients or finite or asked"
 SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or spans"  # D <= 64: emulator.FEW_KERNELS
+WINDOWS = "one_line or interpol or one_pass or finer or video"
 SOON = {  # file: pytest's -k
     "test_logits.py": f"emulated and ({NAMES}) and not (longer or one_row or torch.float16)",
     "test_attention.py": f"emulated and (lse or asked or saved or tiny and ({SMALL}) and not torch.float16)",
+    "test_attention_window.py": "emulated and not torch.float16 and (asked or two_kernels and (interpol or finer) "
+    f"or test_windows and ({WINDOWS}))",
 }
 SANITIZED = SOON | {
     "test_attention.py": "emulated and tiny and "
     "(torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) or torch.float32 and 5x13_mma)",
+    "test_attention_window.py": "emulated and test_windows and torch.bfloat16 and (interpol or finer or video)",
 }
 LATER = {
     "test_logits.py": "emulated and (random or tiny and (longer or one_row))",
     "test_attention.py": "emulated and (large_bias or huge or strides or scale or saved "
     f"or tiny and ({SMALL} or axes or fewer))",
+    "test_attention_window.py": f"emulated and (extremes or packed or bits or {WINDOWS} or 13x13)",
 }
 ALL = "RELPOS_TEST_ALL_CANARIES"  # 1: `make canaries`
 ALL_IS_WELL = 0  # the number of no bug: the copy is as good as the original
@@ -124,7 +129,7 @@ def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs:
 
     def files_of(bug: int) -> list[str]:
         ops = planting.OPS if bug == ALL_IS_WELL else planting.ops_of(planted[bug - 1].file)
-        return [f"test_{op}.py" for op in ops]
+        return [file for file in tests if any(file.startswith(f"test_{op}") for op in ops)]
 
     def ask(mine: list[int]) -> str:
         asked = "\n".join(" ".join([str(bug), *files_of(bug)]) for bug in mine)

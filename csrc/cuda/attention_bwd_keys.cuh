@@ -240,7 +240,6 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
   AttentionBwdKeys<T, D, 1, kPart> mine(p, threadIdx.x / 32 * 16);
   const KeyBlocks blocks(p, block, mine.first, kQueries);
   const int M = static_cast<int>(p.shape.M()), tiles = ceil_div(M, kQueries);
-
   for (int tile = -1; tile < tiles; ++tile) {
     cp_async_wait<0>();
     __syncthreads();  // it is there, and the one before is done with

@@ -25,12 +25,12 @@ namespace relpos {
 struct WindowState {
   AttentionBwdWindowShared at;
   BlockPlace passes[kWindowPasses];
-  int done[kMostAttentionThreads / 32];  // passes, of each warp
+  int done[kWindowWarps];  // passes, of each warp
 
   __device__ __forceinline__ void fill(const AttentionBwdParams& p, int D) {
     const int M = static_cast<int>(p.shape.M());
     at = attention_bwd_window_shared(p.block_rows, D);
-    for (int& of_warp : done) of_warp = 0;
+    for (int i = 0; i < kWindowWarps; ++i) done[i] = 0;
     for (int i = 0; i < kWindowPasses; ++i) {
       find_place(p, M, passes[i]);
       passes[i].first = i * p.block_rows;
