@@ -37,7 +37,7 @@ KERNELS |= {
         for k in tiles
     ),
     *(f"attention_bwd_keys {t} {d}" for t, d in TILES),
-    *(f"attention_bwd_window {t} {d}" for t in HALF for d in (64, 80)),
+    *(f"attention_bwd_window float16 {d}" for d in (64, 80)),
 }
 THREADS = 256
 UNROLL = 4  # vectors that a thread has in flight
