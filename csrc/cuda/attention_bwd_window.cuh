@@ -133,10 +133,8 @@ struct WindowStrip {
     const float lse = row < place.count ? p.lse[place.group * p.shape.M() + place.first + row] : INFINITY;
     const float offset = (fill_columns(row, part) - lse) * kLog2e;
     __syncwarp();  // the stage may be overwritten
-    const int lines = p.shape.outer_keys();
-    strip_lines<false>(p, tiles.rows, tiles.q, first, round_up(lines, 2), stage(), [&](int line, float x) {
-      tiles.lines[line * p.block_rows + row] = line < lines ? x + offset : -INFINITY;
-    });
+    strip_lines<false>(p, tiles.rows, tiles.q, first, round_up(p.shape.outer_keys(), kWindowWarpLines), stage(),
+                       [&](int line, float x) { tiles.lines[line * p.block_rows + row] = x + offset; });
     __syncwarp();  // grad may arrive
     copy(tiles.grad, p.grad);
   }
@@ -149,11 +147,11 @@ struct WindowStrip {
                      [&](int, int to, int key, float x) { stage()[to * kStageLd + key] = x; });
     __syncwarp();
     const bool exists = row < place.count;
-    float largest = exists ? -INFINITY : 0.f;
+    float largest = -INFINITY;
     for (int i = part; exists && i < keys_w; i += 2) largest = fmaxf(largest, of_row[i]);
     largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 16));
     for (int i = part; i < kWindowLine; i += 2) {
-      const float x = exists && i < keys_w ? (of_row[i] - largest) * p.inverse_scale : 0.f;
+      const float x = exists ? (of_row[i] - largest) * p.inverse_scale : 0.f;
       tiles.columns[row * kWindowColumnLd + i] = __float2half_rn(i < keys_w ? x : -INFINITY);
     }
     return largest;
@@ -231,7 +229,6 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
   __syncthreads();
   copy_window_keys(WindowTiles<T, D>(shared, state.at).k, p, state.passes[0], p.k);
   copy_window_keys(WindowTiles<T, D>(shared, state.at).v, p, state.passes[0], p.v);
-  cp_async_commit();
 
   const int warp = threadIdx.x / 32;
   AttentionBwdKeys<T, D, kWindowWarpLines, kPart> mine(p, warp * kWindowWarpLines * kWindowLine);
