@@ -123,6 +123,16 @@ def check_attention(arch, kernel, dtype, problem):
     assert p.kernel.startswith("attention_" + {"forward": "fwd"}.get(kernel, kernel.replace("backward", "bwd")))
 
 
+@pytest.mark.parametrize("head_dim,archs", [(64, {80, 90, 100}), (80, {90, 100})])
+def test_windows_have_one_kernel_where_they_fit(head_dim, archs):
+    window = (14, 14)
+    for arch, kib in PER_BLOCK.items():
+        p = _loader.plan().plan_attention("backward_window", "bfloat16", 300, window, window, head_dim, 0, arch, 0.1)
+        assert (p.threads, p.block_rows, p.grid) == (7 * 32, 7 * 16, 300)  # 14 lines, two per warp
+        assert (p.refusal == "") == (p.shared_bytes <= kib * 1024) == (arch in archs)
+        assert p.kernel == (f"attention_bwd_window_d{head_dim}" if arch in archs else "none")
+
+
 @pytest.mark.parametrize(
     "k_size,tile",
     [
