@@ -185,7 +185,6 @@ struct WindowStrip {
       put_strip(tiles.q, first, dq[0], p.scale);
       store_queries(tiles.q, first, p, place, p.dq);
     }
-    __syncwarp();  // the next pass may come
   }
 
   // Of lines in the place of their factors, of columns in the stage.
@@ -249,7 +248,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
     __syncthreads();  // ds is complete
     if (p.dq.data || p.dfactors) strip().take();
     if (threadIdx.x % 32 == 0) ++done;
-    __syncwarp();
+    __syncwarp();  // the strip is done with
   }
   const Tile<T, D> own = WindowTiles<T, D>(shared, state.at).v;
   const auto token = [&](int slot) { return window_token(p.shape, slot); };
