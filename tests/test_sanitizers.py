@@ -22,7 +22,7 @@ TESTS = {  # file: pytest's -k
     "test_attention.py": "emulated and not float16 and "
     "(lse or tiny and (5x13_mma or 8x8 or video or class_tok or fraction or more or spans))",
     "test_attention_window.py": "emulated and not torch.float16 and test_windows and "
-    "(b_window or one_line or interpol or finer or video)",
+    "(one_line or interpol or finer or video)",
 }
 
 
