@@ -134,18 +134,23 @@ def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs:
     environment |= {emulator.INSTEAD: str(library), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(planting.ROOT)}
     expression = " or ".join(f"({file} and {of_file})" for file, of_file in tests.items())
     command = [sys.executable, "canary_server.py", expression, *tests]
+    bugs, servers = list(bugs), os.cpu_count() or 1
     planted = planting.bugs()
 
     def files_of(bug: int) -> list[str]:
-        ops = planting.OPS if bug == ALL_IS_WELL else planting.ops_of(planted[bug - 1].file)
-        return [file for file in tests if any(file.startswith(f"test_{op}") for op in ops)]
+        """What both ops share is tested enough by the first file of each."""
+        if bug == ALL_IS_WELL:
+            return sorted({file for other in bugs for file in files_of(other)})
+        ops = planting.ops_of(planted[bug - 1].file)
+        if len(ops) > 1:
+            return [f"test_{op}.py" for op in ops]
+        return [file for file in tests if file.startswith(f"test_{ops[0]}")]
 
     def ask(mine: list[int]) -> str:
         asked = "\n".join(" ".join([str(bug), *files_of(bug)]) for bug in mine)
         folder = Path(__file__).parent
         return subprocess.run(command, input=asked, cwd=folder, env=environment, capture_output=True, text=True).stdout
 
-    bugs, servers = list(bugs), os.cpu_count() or 1
     with ThreadPoolExecutor(servers) as pool:
         lines = "".join(pool.map(ask, ([ALL_IS_WELL, *bugs[i::servers]] for i in range(servers)))).splitlines()
     answers = [(int(number), test) for number, _, test in (line.partition(" ") for line in lines)]
