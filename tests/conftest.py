@@ -30,3 +30,12 @@ def use_device(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         emulator.use(monkeypatch)
         return "cpu"
     return name
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors are tiny: on a busy machine, threads that wait for each other take ten times as long as the work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

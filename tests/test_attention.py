@@ -23,6 +23,8 @@ from problems import (
 )
 from relpos_cuda import _fallback_attention, _ops, reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALVES = [torch.bfloat16, torch.float16]
 ours, eager = relpos_cuda.rel_pos_attention, reference.rel_pos_attention
 
@@ -41,15 +43,6 @@ SOME_MODELS = [
     Problem("video_cls", (4, 7, 7), (4, 7, 7), 96, heads=1, prefix=1),
     *(p for p in MODELS if p.name in ("slimsam_window", "mvitv2_large_cls", "slowfast_fraction")),
 ]
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tensors are tiny: on a busy machine, threads that wait for each other take ten times as long as the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def use_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from conftest import use_device
 from problems import ATTENTION_NAMES, AttentionInputs, Problem, call_attention, draw_attention, run_attention, same
 from relpos_cuda import _ops, support
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 WINDOWS = [
     same("sam_b_window", 14, 14, 64),
@@ -27,14 +29,6 @@ WINDOWS = [
 ]
 SMALL = [p for p in WINDOWS if p.rows < 100 and p.head_dim <= 64]
 ours = relpos_cuda.rel_pos_attention
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["emulated", "cuda"])
