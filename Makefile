@@ -2,7 +2,7 @@
 # make build   compile the native libraries                 make format   lay out Python, C++ and CUDA
 # make test    run the tests                                make lint     check layout, style and types
 # make demo    a SAM encoder on a photograph                make clean    remove what these made
-# make canaries  plant every bug in the kernels; make test leaves out those of the attention
+# make test-all  the slow ones too: every planted bug, architecture, dtype and head dimension    make canaries  the bugs
 #
 # Needs python3, g++ and make; nvcc too, to compile the CUDA kernels.
 
@@ -18,7 +18,7 @@ PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
-.PHONY: venv build test canaries demo bench format lint clean
+.PHONY: venv build test test-all canaries demo bench format lint clean
 
 # A PyTorch that python3 has already, as on most machines with a GPU, is used and not fetched again.
 $(BIN)/has-torch:
@@ -42,14 +42,17 @@ build: venv
 test: venv
 	@$(PY) -m ruff check; ruff=$$?; $(PY) -m pytest --durations=15 $(ARGS) && exit $$ruff
 
+test-all: export RELPOS_TEST_EVERYTHING = 1
+test-all: test
+
 canaries: venv
-	RELPOS_TEST_ALL_CANARIES=1 $(PY) -m pytest tests/test_canaries.py
+	RELPOS_TEST_EVERYTHING=1 $(PY) -m pytest tests/test_canaries.py
 
 demo: venv
 	$(PY) -m relpos_cuda demo $(ARGS)
 
 bench: venv
-	$(PY) -m benchmarks $(ARGS)
+	$(PY) -m relpos_cuda bench $(ARGS)
 
 format: venv
 	$(PY) -m ruff check --fix --select I

@@ -1,4 +1,4 @@
-"""Puts csrc into the wheel, for compiling on first use, and what RELPOS_CUDA_BUILD says to compile already."""
+"""Puts csrc and benchmarks into the wheel, the former to be compiled on first use, or by RELPOS_CUDA_BUILD already."""
 
 from __future__ import annotations
 
@@ -61,6 +61,11 @@ def prebuild(kind: str, destination: Path) -> None:
         shutil.rmtree(scratch)
 
 
+def not_for_users(folder: str, names: list[str]) -> set[str]:
+    """Of benchmarks: results, and what needs the tests."""
+    return {name for name in names if not name.endswith(".py") or "probe" in name}
+
+
 class BuildPy(build_py):
     editable_mode: bool
 
@@ -69,16 +74,17 @@ class BuildPy(build_py):
         if self.editable_mode:
             return  # the source tree has csrc, and builds on first use
         package = Path(self.build_lib, "relpos_cuda")
-        for folder in ("csrc", "_prebuilt"):
+        for folder in ("csrc", "benchmarks", "_prebuilt"):
             shutil.rmtree(package / folder, ignore_errors=True)  # of an earlier build
         shutil.copytree(ROOT / "csrc", package / "csrc")
+        shutil.copytree(ROOT / "benchmarks", package / "benchmarks", ignore=not_for_users)
         for kind in wanted():
             prebuild(kind, package / "_prebuilt")
 
     def get_source_files(self) -> list[str]:
         """What a source distribution needs."""
-        csrc = (str(f.relative_to(ROOT)) for f in (ROOT / "csrc").rglob("*") if f.is_file())
-        return [*super().get_source_files(), *csrc]
+        files = (f for folder in ("csrc", "benchmarks") for f in (ROOT / folder).rglob("*") if f.is_file())
+        return [*super().get_source_files(), *(str(f.relative_to(ROOT)) for f in files)]
 
 
 class PlatformDistribution(Distribution):

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: the measured rows of the README."""
+"""``python -m benchmarks``: the same as ``python -m relpos_cuda bench``."""
 
 import sys
 

@@ -1,42 +1,125 @@
-"""Named shapes of the benchmarks: (groups, grids, head dimension) of one layer of real models."""
+"""Named shapes of the benchmarks, each one layer of a real model, and the tensors drawn for them."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Grid = tuple[int, int]
+LEAVES = ("q", "k", "v", "rel_pos_h", "rel_pos_w")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Case:
+    """A layer: windows count as batch, class tokens (``prefix``) come before the grid of both queries and keys."""
+
     name: str
-    groups: int  # batch * heads; windows count as batch
-    q_size: tuple[int, int]
-    k_size: tuple[int, int]
+    batch: int
+    heads: int
+    q_size: Grid
+    k_size: Grid
     head_dim: int
+    prefix: int = 0
+
+    @property
+    def groups(self) -> int:
+        return self.batch * self.heads
 
     @property
     def rows(self) -> int:
-        return self.q_size[0] * self.q_size[1]
+        return self.prefix + math.prod(self.q_size)
 
     @property
     def columns(self) -> int:
-        return self.k_size[0] * self.k_size[1]
+        return self.prefix + math.prod(self.k_size)
 
     def __str__(self) -> str:
         grids = "{}x{}".format(*self.q_size)
         if self.k_size != self.q_size:
             grids += " <- {}x{}".format(*self.k_size)
-        return f"{self.name}: {self.groups} x {grids}, D {self.head_dim}"
+        prefix = f" + {self.prefix} class token" if self.prefix else ""
+        return f"{self.name}: {self.groups} x {grids}{prefix}, D {self.head_dim}"
+
+
+def square(name: str, batch: int, heads: int, side: int, head_dim: int) -> Case:
+    return Case(name, batch, heads, (side, side), (side, side), head_dim)
 
 
 CASES = {
     case.name: case
     for case in (
-        Case("sam_b_global", 12, (64, 64), (64, 64), 64),
-        Case("sam_h_global", 16, (64, 64), (64, 64), 80),
-        Case("sam_b_windows", 25 * 12, (14, 14), (14, 14), 64),
-        Case("sam_h_windows", 25 * 16, (14, 14), (14, 14), 80),
-        Case("deepseek_ocr_768", 12, (48, 48), (48, 48), 64),
-        Case("vitdet_oblong", 16, (50, 76), (50, 76), 64),
-        Case("mvitv2_stage1", 32, (56, 56), (14, 14), 96),
+        square("sam_b_global", 1, 12, 64, 64),
+        square("sam_b_global_batch8", 8, 12, 64, 64),
+        square("sam_l_global", 1, 16, 64, 64),
+        square("sam_h_global", 1, 16, 64, 80),
+        square("sam_b_windows", 25, 12, 14, 64),
+        square("sam_l_windows", 25, 16, 14, 64),
+        square("sam_h_windows", 25, 16, 14, 80),
+        square("sam_h_windows_batch8", 200, 16, 14, 80),
+        square("deepseek_ocr_768", 1, 12, 48, 64),
+        Case("vitdet_oblong", 1, 16, (50, 76), (50, 76), 64),
+        Case("mvitv2_stage1", 32, 1, (56, 56), (14, 14), 96),
+        Case("mvitv2_stage2_cls", 32, 2, (28, 28), (14, 14), 96, prefix=1),
+        Case("mvitv2_stage3_cls", 32, 4, (14, 14), (14, 14), 96, prefix=1),
     )
 }
+ON_CPU = ("sam_b_global", "sam_b_windows", "mvitv2_stage1")  # what fits ten minutes of two cores
+QUICK = ("deepseek_ocr_768", "sam_b_windows")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What one call of a peer gets; leaves that want gradients."""
+
+    case: Case
+    q: Tensor  # [B, heads, S_q, D]
+    k: Tensor  # [B, heads, S_k, D]
+    v: Tensor
+    rel_pos_h: Tensor  # [2K - 1, D]
+    rel_pos_w: Tensor
+    grad: Tensor  # of the result
+    attn: Tensor | None = None  # [B, heads, S_q, S_k], for the logits op
+
+    @property
+    def tables_and_grids(self) -> tuple[Tensor, Tensor, Grid, Grid]:
+        return self.rel_pos_h, self.rel_pos_w, self.case.q_size, self.case.k_size
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor]:
+        return self.rel_pos_h, self.rel_pos_w
+
+    def detached(self) -> Inputs:
+        """For what refuses tensors that want gradients, even where none are recorded."""
+        return dataclasses.replace(self, **{name: getattr(self, name).detach() for name in LEAVES})
+
+
+def draw(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Standard normal q, k, v; tables whose bias is about as large as the logits.
+
+    Where queries and keys are the same tokens, q, k and v are views of one packed tensor, as in the models.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator).to(dtype)
+
+    def heads_of(*shape: int) -> Iterable[Tensor]:
+        """[parts, B, heads, S, D] as the projection of [B, S, parts * heads * D] lays them out."""
+        return normal(*shape).permute(2, 0, 3, 1, 4)
+
+    tokens = case.heads, case.head_dim
+    if case.q_size == case.k_size:
+        q, k, v = heads_of(case.batch, case.rows, 3, *tokens)
+    else:
+        (q,) = heads_of(case.batch, case.rows, 1, *tokens)
+        k, v = heads_of(case.batch, case.columns, 2, *tokens)
+    sides = [2 * max(pair) - 1 for pair in zip(case.q_size, case.k_size, strict=True)]
+    tables = (normal(side, case.head_dim) * case.head_dim**-0.5 for side in sides)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, *tables)]
+    return Inputs(case, *leaves, grad=normal(case.batch, case.rows, *tokens).transpose(1, 2))

@@ -173,12 +173,13 @@ def layers() -> int:
 
     require_kernels()
     for op, name in itertools.product(OPS, PROFILED):
-        peers = OPS[op].peers_of(CASES[name], torch.bfloat16, "cuda", compiled=False)
-        ours = peers[f"forward + backward: {OPS[op].OURS}"]
-        ours()  # compiles, loads, allocates
+        peers = OPS[op].peers_of(CASES[name], "cuda", compiled=False)
+        ours = next(peer for peer in peers if peer.name == OPS[op].OURS)
+        call = ours.on(OPS[op].draw(CASES[name], torch.bfloat16, "cuda"))
+        call.backward_of(call.forward())  # compiles, loads, allocates
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-        ours()
+        call.backward_of(call.forward())
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
         print(f"{op}, {CASES[name]}, bfloat16, forward and backward", flush=True)

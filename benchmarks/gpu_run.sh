@@ -8,7 +8,7 @@
 #     probe      every function of csrc/cuda/tile/ptx.cuh: the GPU's bits against the emulator's
 #     tests      the tests, without the emulated ones and those that never touch a GPU
 #     sanitize   compute-sanitizer, memcheck and racecheck, on tiny problems
-#     bench      python -m benchmarks, three dtypes
+#     bench      python -m relpos_cuda bench
 #     profile    ncu on every kernel of sam_b_global and sam_b_windows, bfloat16
 #
 #   benchmarks/gpu_run.sh --list        the steps, and the seconds each may take
@@ -36,7 +36,7 @@ limit_of() {
     probe) echo 120 ;;
     tests) echo 480 ;;
     sanitize) echo 300 ;;
-    bench) echo 300 ;;
+    bench) echo 540 ;;
     profile) echo 240 ;;
   esac
 }
@@ -113,7 +113,7 @@ step_sanitize() {
 
 step_bench() {
   # shellcheck disable=SC2086  # several arguments
-  try "$PYTHON" -m benchmarks --device cuda --dtypes float32 bfloat16 float16 --json "$OUT/bench.json" ${BENCH_ARGS:-}
+  try "$PYTHON" -m relpos_cuda bench --device cuda --out "$OUT" ${BENCH_ARGS:-}
 }
 
 step_profile() {

@@ -2,33 +2,63 @@
 
 Every peer gets the same logits, q and tables, and makes bias and sum from them.
 
-    bare add_(1), bare add(1)    one pass over the same memory: what no work in place, or out of place, can beat
     ours, in place / out of place
     eager                        (attn.view + rel_h) + rel_w, as segment_anything and its descendants write it
     eager, in place              the same with add_, as MViT writes it
     compiled                     eager under torch.compile
+    bare add_(1), bare add(1)    less work, one pass over the same memory: what nothing in place, or out of it, can beat
 """
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import relpos_cuda
+from relpos_cuda import reference
 
-from .cases import Case
-from .peers import Peer, Peers, by_pass, factors, must_be_right, normal, tables_of, without_gradients
+from . import cases
+from .cases import Case, Inputs
+from .peers import Call, Peer, factors, on_grids
 
 OURS, LEAST = "ours, in place", "bare add_(1)"
+LEAVES = ("attn", "q", "rel_pos_h", "rel_pos_w")
+Function = Callable[[Tensor, Inputs], Tensor]
 
 
-def eager(attn: Tensor, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, q_size, k_size, inplace=False) -> Tensor:
-    rel_h, rel_w = factors(q, rel_pos_h, rel_pos_w, q_size, k_size)
-    on_grids = attn.view(-1, *q_size, *k_size)
-    if inplace:
-        on_grids.add_(rel_h[..., None]).add_(rel_w[..., None, :])
-        return attn
-    return (on_grids + rel_h[..., None] + rel_w[..., None, :]).view(attn.shape)
+def draw(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
+    """Logits instead of k and v; a gradient of their shape."""
+    x = cases.draw(case, dtype, device, seed)
+    attn, grad = (torch.randn_like(x.q @ x.k.mT, requires_grad=False) for _ in range(2))
+    return dataclasses.replace(x, attn=attn, grad=grad)
+
+
+def formula(x: Inputs, attn: Tensor, q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor) -> Tensor:
+    grids = (x.case.q_size, x.case.k_size)
+    return reference.add_decomposed_rel_pos(attn, q, rel_pos_h, rel_pos_w, *grids, num_prefix_tokens=x.case.prefix)
+
+
+# ---- the peers as functions
+
+
+def ours(attn: Tensor, x: Inputs, inplace: bool) -> Tensor:
+    more = {"num_prefix_tokens": x.case.prefix, "inplace": inplace}
+    return relpos_cuda.add_decomposed_rel_pos(attn, x.q, *x.tables_and_grids, **more)
+
+
+def eager(attn: Tensor, x: Inputs, inplace: bool = False) -> Tensor:
+    p, grids = x.case.prefix, (x.case.q_size, x.case.k_size)
+    rel_h, rel_w = (f[..., p:, :].unflatten(-2, grids[0])[..., None] for f in factors(x))
+    if not (inplace or p):
+        return (on_grids(attn, p, *grids) + rel_h + rel_w.mT).view(attn.shape)
+    out = attn if inplace else attn.clone()
+    on_grids(out, p, *grids).add_(rel_h).add_(rel_w.mT)
+    return out
 
 
 class Intermediate(torch.autograd.Function):
@@ -43,51 +73,27 @@ class Intermediate(torch.autograd.Function):
         return grad
 
 
-def peers_of(case: Case, dtype: torch.dtype, device: str, compiled: bool) -> Peers:
-    attn, grad = (normal(case.groups, case.rows, case.columns, dtype=dtype, device=device) for _ in range(2))
-    q = normal(case.groups, case.rows, case.head_dim, dtype=dtype, device=device).requires_grad_()
-    tables = tables_of(case, dtype, device)
-    grids = (case.q_size, case.k_size)
-    ours = relpos_cuda.add_decomposed_rel_pos
+# ---- all that can be tried on a device
 
-    def forward(function, **more) -> Peer:
-        return without_gradients(function, attn, q, *tables, *grids, **more)
 
-    def both(function, **more) -> Peer:
-        def run():
-            leaf = attn.detach().requires_grad_()
-            out = function(Intermediate.apply(leaf), q, *tables, *grids, **more)
-            torch.autograd.grad(out, (leaf, q, *tables), grad)
+def peer(name: str, function: Function, **more: Any) -> Peer:
+    def on(x: Inputs) -> Call:
+        leaf = x.attn.detach().requires_grad_()
+        return Call(lambda: function(Intermediate.apply(leaf), x), (leaf, x.q, *x.tables), x.grad)
 
-        return run
+    return Peer(name, on, **{"gradients": LEAVES, **more})
 
-    check(case, attn, q, tables)
-    passes = {
-        "forward": {
-            "bare add_(1)": lambda: attn.add_(1),
-            "bare add(1)": lambda: attn + 1,
-            "ours, in place": forward(ours, inplace=True),
-            "ours, out of place": forward(ours),
-            "eager": forward(eager),
-            "eager, in place": forward(eager, inplace=True),
-        },
-        "forward + backward": {
-            "ours, in place": both(ours, inplace=True),
-            "ours, out of place": both(ours),
-            "eager": both(eager),
-            "eager, in place": both(eager, inplace=True),
-        },
-    }
+
+def peers_of(case: Case, device: str, compiled: bool) -> list[Peer]:
+    less = {"gradients": (), "note": "less work: no relative positions"}
+    peers = [
+        peer(OURS, partial(ours, inplace=True)),
+        peer("ours, out of place", partial(ours, inplace=False)),
+        peer("eager", eager),
+        peer("eager, in place", partial(eager, inplace=True)),
+        peer("bare add_(1)", lambda attn, x: attn.add_(1), **less),
+        peer("bare add(1)", lambda attn, x: attn + 1, **less),
+    ]
     if compiled:
-        torch._dynamo.reset()
-        passes["forward"]["compiled"] = forward(torch.compile(eager, dynamic=False))
-        passes["forward + backward"]["compiled"] = both(torch.compile(eager, dynamic=False))
-    return by_pass(passes)
-
-
-def check(case: Case, attn: Tensor, q: Tensor, tables: list[Tensor]) -> None:
-    """The first group."""
-    one = [t.detach() for t in (attn[:1], q[:1], *tables)]
-    grids = (case.q_size, case.k_size)
-    exact = eager(*(t.double() for t in one), *grids)
-    must_be_right(case, relpos_cuda.add_decomposed_rel_pos(*one, *grids), eager(*one, *grids), exact)
+        peers.append(peer("compiled", torch.compile(eager, dynamic=False)))
+    return peers

@@ -1,52 +1,77 @@
-"""What the benchmarks of both ops share: how a peer is made of a function, and the formula's factors by einsums."""
+"""What a peer is, and what the peers of both ops share."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from relpos_cuda import reference
-from relpos_cuda._self_check import complaint
 
-from .cases import Case
-
-Peer = Callable[[], object]
-Peers = dict[str, Peer]  # "forward: name" or "forward + backward: name"
+from .cases import Grid, Inputs
 
 
-def normal(*shape: int, dtype: torch.dtype, device: str) -> Tensor:
-    return torch.randn(shape, device=device).to(dtype)
+@dataclass(frozen=True)
+class Call:
+    """One peer on one set of inputs: all that happens in here is timed."""
+
+    forward: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+    grad: Tensor
+
+    def backward_of(self, out: Tensor, again: bool = False) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, self.leaves, self.grad, retain_graph=again)
 
 
-def tables_of(case: Case, dtype: torch.dtype, device: str) -> list[Tensor]:
-    shapes = [(2 * max(a, b) - 1, case.head_dim) for a, b in zip(case.q_size, case.k_size, strict=True)]
-    tables = [normal(*shape, dtype=dtype, device=device) * case.head_dim**-0.5 for shape in shapes]
-    return [table.requires_grad_() for table in tables]
+@dataclass(frozen=True)
+class Peer:
+    """A way to compute an op.
+
+    Args:
+        name: As tables show it.
+        on: Makes its call for some inputs; what that does is not timed.
+        gradients: Names of the leaves it has gradients for; none, if it has no backward or not all of them.
+        note: What it does less than the others, if it does.
+        around: A context that its calls run in.
+    """
+
+    name: str
+    on: Callable[[Inputs], Call]
+    gradients: tuple[str, ...]
+    note: str = ""
+    around: Callable[[], AbstractContextManager] = nullcontext
+
+    @property
+    def same_work(self) -> bool:
+        return not self.note
 
 
-def factors(q: Tensor, rel_pos_h: Tensor, rel_pos_w: Tensor, q_size, k_size) -> tuple[Tensor, Tensor]:
-    """``rel_h[..., None] + rel_w[..., None, :]`` is the bias, [B, q_h, q_w, k_h, k_w]; as segment_anything makes it."""
-    grid = q.reshape(-1, *q_size, q.shape[-1])
-    rel_h = torch.einsum("bhwc,hkc->bhwk", grid, reference.get_rel_pos(q_size[0], k_size[0], rel_pos_h))
-    rel_w = torch.einsum("bhwc,wkc->bhwk", grid, reference.get_rel_pos(q_size[1], k_size[1], rel_pos_w))
-    return rel_h, rel_w
+Refusals = dict[str, str]  # peer: why it does not run
 
 
-def without_gradients(function: Callable, *arguments, **more) -> Peer:
-    def run():
-        with torch.no_grad():
-            function(*arguments, **more)
+def factors(x: Inputs) -> tuple[Tensor, Tensor]:
+    """rel_h, rel_w, ``[B, heads, S_q, k]``, as segment_anything makes them; zeros for class tokens."""
+    rel_pos_h, rel_pos_w, q_size, k_size = x.tables_and_grids
+    grid = x.q[..., x.case.prefix :, :].unflatten(-2, q_size)
+    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, reference.get_rel_pos(q_size[0], k_size[0], rel_pos_h))
+    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, reference.get_rel_pos(q_size[1], k_size[1], rel_pos_w))
+    padding = (0, 0, x.case.prefix, 0)
+    rel_h, rel_w = rel_h.flatten(2, 3), rel_w.flatten(2, 3)
+    return (functional.pad(rel_h, padding), functional.pad(rel_w, padding)) if x.case.prefix else (rel_h, rel_w)
 
-    return run
+
+def on_grids(logits: Tensor, prefix: int, q_size: Grid, k_size: Grid) -> Tensor:
+    """The part without class tokens, a view ``[B, heads, q_h, q_w, k_h, k_w]``."""
+    return logits[..., prefix:, prefix:].unflatten(-1, k_size).unflatten(-3, q_size)
 
 
-def by_pass(passes: dict[str, Peers]) -> Peers:
-    return {f"{direction}: {name}": peer for direction, peers in passes.items() for name, peer in peers.items()}
-
-
-def must_be_right(case: Case, ours: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """Right before fast: as ``python -m relpos_cuda check`` judges."""
-    if wrong := complaint(ours.double(), eager.double(), exact, ours.dtype):
-        raise SystemExit(f"{case}: wrong result, {wrong}")
+@contextmanager
+def no_compiled_leftovers() -> Iterator[None]:
+    """Compiled peers start anew with every shape, and do not generalise over those before."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

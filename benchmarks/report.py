@@ -1,30 +1,151 @@
-"""The README's tables, made from committed results: ``python -m benchmarks.report OP RESULT.json``."""
+"""Tables of results: on the terminal while they come, and those of the README from a committed file.
+
+python -m benchmarks.report OP RESULT.json      the README's table of an op
+"""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
+from itertools import groupby
 from pathlib import Path
 
-# op: ours, and what it is compared with; as the heading shows them
-PEERS = {
-    "logits": ("ours, in place", "eager", "eager, in place", "compiled", "bare `add_(1)`"),
-    "attention": ("ours", "sdpa, dense bias", "eager", "sdpa, no bias"),
+from .floors import floor_milliseconds
+
+OURS = {"attention": "ours", "logits": "ours, in place"}
+Table = list[tuple[str, ...]]
+
+
+# ---- the terminal
+
+
+def heading(result: dict) -> str:
+    about = result["about"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    more = ", ".join(str(about[key]) for key in ("driver", "isa") if key in about)
+    threads = f", {about['threads']} threads" if "threads" in about else ""
+    return f"{about['device']}, {more}{threads}; {versions}; commit {about['commit']}\n{rates_line(result)}"
+
+
+def rates_line(result: dict) -> str:
+    when = ("before", "after")
+    return "\n".join(f"{word}: {_rates(rates)}" for word, rates in zip(when, result["rates"], strict=False))
+
+
+def _rates(rates: dict) -> str:
+    products = ", ".join(f"{name} {gflops:.0f} GFLOP/s" for name, gflops in rates["gflops"].items())
+    clock = f", SM clock {rates['sm_clock']}" if "sm_clock" in rates else ""
+    return f"copy {rates['gbytes']:.0f} GB/s, products {products}{clock}"
+
+
+def text_of(part: dict, result: dict) -> str:
+    """What a part has found, as tables."""
+    tables = [_ops(part.get("rows", []), result["rates"][0]), _lengths(part.get("lengths", []))]
+    tables += [_encoders(part.get("encoders", []))]
+    lines = [line for table in tables for line in table]
+    lines += [f"  {row['peer']}: {row['reason']}" for row in part.get("refused", [])]
+    return "\n".join(lines) + "\n"
+
+
+def _ops(rows: list[dict], rates: dict) -> Iterable[str]:
+    for key, some in groupby(rows, lambda row: (row["op"], row["shape"], row["dtype"])):
+        yield ", ".join(key)
+        table = [("pass", "peer", "ms", "quartiles", "x ours", "of floor", "peak MiB", "error", "bits", "plain ms")]
+        of_peers = sorted(some, key=lambda row: row["pass"] != "forward")
+        ours = {row["pass"]: row["milliseconds"] for row in of_peers if row["peer"] == OURS[key[0]]}
+        table += [_cells(row, ours.get(row["pass"]), floor_of(row, rates)) for row in of_peers]
+        yield from aligned(table)
+
+
+def _cells(row: dict, ours: float | None, floor: float) -> tuple[str, ...]:
+    low, high = row["quartiles"]
+    error = "" if "errors" not in row else f"{max(row['errors'].values()):.0e}" + (" WRONG" if row["wrong"] else "")
+    return (
+        row["pass"],
+        row["peer"],
+        f"{row['milliseconds']:.4g}",
+        f"{low:.4g} .. {high:.4g}",
+        f"{row['milliseconds'] / ours:.2f} x" if ours else "",
+        f"{floor / row['milliseconds']:.0%}",
+        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+        "less work" if "note" in row else error,
+        {None: "", True: "same", False: "vary"}[row["deterministic"]],
+        f"{row['plain']['milliseconds']:.4g}" if "plain" in row else "",
+    )
+
+
+def floor_of(row: dict, rates: dict) -> float:
+    return floor_milliseconds(**row["work"], gflops=rates["gflops"][row["dtype"]], gbytes=rates["gbytes"])
+
+
+def _lengths(rows: list[dict]) -> Iterable[str]:
+    def cell(row: dict) -> str:
+        if "outcome" in row:
+            return row["outcome"]
+        return f"{row['milliseconds']:.4g} ms, {row['peak_bytes'] / 2**20:.0f} MiB"
+
+    sides = sorted({row["side"] for row in rows if "side" in row})
+    found = {(row["pass"], row["peer"], row["side"]): cell(row) for row in rows if "side" in row}
+    for direction in dict.fromkeys(key[0] for key in found):
+        yield f"a layer against its length, {direction}, {rows[0]['dtype']}"
+        peers = list(dict.fromkeys(row["peer"] for row in rows if "side" in row))
+        table = [("tokens", *peers)]
+        table += [(f"{n} x {n}", *(found.get((direction, peer, n), "") for peer in peers)) for n in sides]
+        yield from aligned(table)
+    yield from (f"  {row['peer']}: {row['outcome']}" for row in rows if "side" not in row)
+
+
+def _encoders(rows: list[dict]) -> Iterable[str]:
+    for key, some in groupby(rows, lambda row: (row["model"], row["pass"], row["dtype"])):
+        yield ", ".join(key)
+        table = [("", "images/s", "ms", "spread", "speed-up", "peak MiB", "rel. L2")]
+        for row in some:
+            table.append(
+                (
+                    row["variant"],
+                    f"{1e3 * row['images'] / row['milliseconds']:.3g}",
+                    f"{row['milliseconds']:.4g}",
+                    f"{row['spread']:.0%}",
+                    f"{row['speed_up']:.2f} x",
+                    f"{row['peak_bytes'] / 2**20:.0f}",
+                    f"{row['error']:.0e}",
+                )
+            )
+        yield from aligned(table)
+
+
+def aligned(table: Table) -> Iterable[str]:
+    """The first two columns to the left, numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    left = 2 if table[0][0] == "pass" else 1
+    for row in table:
+        cells = (c.ljust(w) if n < left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
+        yield "  " + "  ".join(cells).rstrip()
+
+
+# ---- the README
+
+# What ours is compared with, as the heading shows it; those that a file lacks are left out.
+COLUMNS = {
+    "logits": ("eager", "eager, in place", "compiled", "bare `add_(1)`"),
+    "attention": ("sdpa, dense bias", "eager", "eager, SAM", "compiled", "flex", "concat", "sdpa, no bias"),
 }
 
 
 def table(op: str, result: Path) -> str:
     """Milliseconds of ours; of the others, their time as a multiple of ours. Medians of one interleaved run."""
-    heading = ("layer", "dtype", "pass", *PEERS[op])
+    rows = [row for row in json.loads(result.read_text())["rows"] if row["op"] == op]
+    there = {row["peer"] for row in rows}
+    columns = [name for name in COLUMNS[op] if name.replace("`", "") in there]
+    heading = ("layer", "dtype", "pass", OURS[op], *columns)
     lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    names = [name.replace("`", "") for name in PEERS[op]]
-    for row in json.loads(result.read_text())["rows"]:
-        if row["op"] != op:
-            continue
+    for key, some in groupby(rows, lambda row: (row["shape"], row["dtype"])):
+        times = {(row["pass"], row["peer"]): row["milliseconds"] for row in some}
         for direction in ("forward", "forward + backward"):
-            ours, *others = (row["milliseconds"].get(f"{direction}: {name}") for name in names)
+            ours, *others = (times.get((direction, name.replace("`", ""))) for name in (OURS[op], *columns))
             cells = [f"{ours:.1f} ms", *(f"{time / ours:.1f} x" if time else "" for time in others)]
-            lines.append(f"| {row['shape']} | {row['dtype']} | {direction} | {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join((*key, direction, *cells))} |")
     return "\n".join(lines)
 
 

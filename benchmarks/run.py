@@ -1,7 +1,12 @@
-"""Measures both ops against their peers: ``python -m benchmarks [--help]``.
+"""Measures both ops against every other way to compute them: ``python -m relpos_cuda bench [--help]``.
 
-The peers of an op take turns in one process: each round runs every one once, and a row has medians and their spread.
-Gathers and einsums are inside the timed region for all. Peers: benchmarks/logits.py and attention.py say which.
+What runs, one after the other, each part into the same JSON file as soon as it is done:
+
+    ops        named shapes, all peers in turns (protocol.py); attention.py and logits.py say who they are
+    lengths    time and memory of a layer up to 192 x 192 tokens (lengths.py)
+    encoders   image encoders as shipped and with our kernels (encoders.py)
+
+Then tables are printed, and plots drawn from the file.
 """
 
 from __future__ import annotations
@@ -9,100 +14,132 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import platform
-import statistics
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from . import attention, logits
-from .cases import CASES, Case
-from .peers import Peers
+from . import attention, encoders, lengths, logits, machine, optional, peers, protocol, report
+from .cases import CASES, DTYPES, ON_CPU, QUICK
+from .progress import Progress
 
-OPS = {"logits": logits, "attention": attention}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Found = Iterator[dict[str, list[dict]]]  # more rows for each list of the file
 
-
-def measure(peers: Peers, rounds: int, device: str) -> dict[str, list[float]]:
-    """Milliseconds of every round, peers taking turns."""
-    times: dict[str, list[float]] = {name: [] for name in peers}
-    for peer in peers.values():
-        peer()
-    for _ in range(rounds):
-        for name, peer in peers.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            peer()
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return times
+OPS = {"attention": attention, "logits": logits}
+PARTS = ("ops", "lengths", "encoders")
 
 
-def row_of(op: str, case: Case, dtype: str, times: dict[str, list[float]]) -> dict:
-    return {
-        "op": op,
-        "case": case.name,
-        "dtype": dtype,
-        "shape": str(case),
-        "milliseconds": {name: round(statistics.median(t), 3) for name, t in times.items()},
-        "spread": {name: [round(min(t), 3), round(max(t), 3)] for name, t in times.items()},
-    }
-
-
-def print_row(row: dict) -> None:
-    print(f"\n{row['op']}, {row['shape']}, {row['dtype']}")
-    ms, op = row["milliseconds"], OPS[row["op"]]
-    for name, median in ms.items():
-        direction = name.split(":")[0]
-        ratio = ms[f"{direction}: eager"] / median
-        low, high = row["spread"][name]
-        print(f"  {name:40} {median:9.2f} ms   [{low:.2f}, {high:.2f}]   {ratio:6.2f} x eager's speed")
-    ratio = ms[f"forward: {op.OURS}"] / ms[f"forward: {op.LEAST}"]
-    print(f"  forward, {op.OURS} over {op.LEAST}: {ratio:.2f} x its time")
-
-
-def machine(device: str) -> dict:
-    described = {"torch": torch.__version__, "python": platform.python_version(), "threads": torch.get_num_threads()}
-    if device == "cuda":
-        return described | {"device": torch.cuda.get_device_name()}
-    info = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    isa = torch.backends.cpu.get_cpu_capability()
-    return described | {"device": models[0] if models else platform.machine(), "isa": isa}
-
-
-def commit() -> str:
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    git = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return git.stdout.strip() or "unknown"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--compiled", action="store_true", help="also torch.compile of the formula")
-    parser.add_argument("--json", type=Path, help="where to write the rows")
-    options = parser.parse_args()
-
+def main(arguments: list[str] | None = None) -> int:
+    options = parsed(arguments)
+    if options.plot:
+        return draw_plots(options.plot, options.out)
     torch.manual_seed(0)
-    report = {"machine": machine(options.device), "commit": commit(), "rounds": options.rounds, "rows": []}
-    print(json.dumps(report["machine"]))
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "bench.json"
+    result = {"about": machine.about(options.device), "rates": [machine.rates(options.device, options.dtypes)]}
+    result |= {"rows": [], "refused": [], "lengths": [], "encoders": []}
+    print(report.heading(result), flush=True)
+    shapes = len(options.ops) * len(options.cases) * len(options.dtypes)
+    with Progress(sum(shapes if part == "ops" else 1 for part in options.parts)) as progress:
+        for found in (found for part in options.parts for found in PART[part](options, progress)):
+            for key, rows in found.items():
+                result[key] += rows
+            file.write_text(json.dumps(result, indent=1) + "\n")
+            progress.done()
+            print(report.text_of(found, result), flush=True)
+        result["rates"].append(machine.rates(options.device, options.dtypes))
+    file.write_text(json.dumps(result, indent=1) + "\n")
+    print(report.rates_line(result))
+    print(file)
+    return draw_plots(file, options.out) or int(any(row.get("wrong") for row in result["rows"] if is_ours(row)))
+
+
+def is_ours(row: dict) -> bool:
+    return row["peer"].startswith("ours")
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m relpos_cuda bench", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--quick", action="store_true", help="within a minute: two shapes, one dtype, nothing compiled")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cases", nargs="+", choices=[*CASES, "all"], help=f"(all; on a CPU: {' '.join(ON_CPU)})")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="(bfloat16 float16 float32; CPU: without float16)")
+    parser.add_argument("--passes", nargs="+", choices=protocol.PASSES, help="(all; on a CPU, not backward alone)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out peers that torch.compile makes")
+    parser.add_argument("--seconds", type=float, help="of the rounds of one case (20)")
+    parser.add_argument("--rounds", type=int, help="at least; default 3")
+    parser.add_argument("--memory", type=float, help="GiB that a peer may take in `lengths` (a GPU's; 12 on a CPU)")
+    parser.add_argument("--peers", type=Path, help="a folder with kernels of others (optional.py says which)")
+    parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and the plots (bench)")
+    parser.add_argument("--plot", type=Path, help="measure nothing, draw the plots of this file")
+    return with_defaults(parser.parse_args(arguments))
+
+
+def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
+    """What is not given depends on the device and on --quick."""
+    on_cpu, quick = options.device == "cpu", options.quick
+    cases = QUICK if quick else ON_CPU if on_cpu else CASES
+    options.cases = list(CASES) if options.cases == ["all"] else options.cases or list(cases)
+    dtypes = ["float32", "bfloat16"] if on_cpu else ["bfloat16", "float16", "float32"]
+    options.dtypes = options.dtypes or dtypes[: 1 if quick else None]
+    options.passes = options.passes or [p for p in protocol.PASSES if not (on_cpu and p == protocol.BACKWARD)]
+    options.seconds = options.seconds or (2 if quick else 20)
+    options.rounds = options.rounds or (2 if quick else 3)
+    options.no_compile |= quick
+    options.sides = (14, 28, 48, 64) if quick else lengths.SIDES
+    options.patience = 2.0 if quick else 20.0
+    total = 12.0 if on_cpu else torch.cuda.get_device_properties(0).total_memory / 2**30
+    options.memory = options.memory or total
+    return options
+
+
+# ---- the parts
+
+
+def run_ops(options: argparse.Namespace, progress: Progress) -> Found:
+    effort = protocol.Effort(options.seconds, options.rounds, passes=tuple(options.passes))
     for op, case, dtype in itertools.product(options.ops, options.cases, options.dtypes):
-        peers = OPS[op].peers_of(CASES[case], DTYPES[dtype], options.device, options.compiled)
-        row = row_of(op, CASES[case], dtype, measure(peers, options.rounds, options.device))
-        report["rows"].append(row)
-        print_row(row)
-        sys.stdout.flush()
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        with peers.no_compiled_leftovers():
+            found = OPS[op].peers_of(CASES[case], options.device, not options.no_compile)
+            missing: peers.Refusals = {}
+            if options.peers and op == "attention":
+                more, missing = optional.peers_of(options.peers, CASES[case])
+                found += more
+            progress.title = f"{op}, {case}, {dtype}"
+            rows, refused = protocol.bench(OPS[op], CASES[case], dtype, options.device, found, effort, progress)
+        about = {"op": op, "case": case, "dtype": dtype}
+        refused = [about | {"peer": peer, "reason": reason} for peer, reason in (missing | refused).items()]
+        yield {"rows": rows, "refused": refused}
+
+
+def run_lengths(options: argparse.Namespace, progress: Progress) -> Found:
+    progress.title = "lengths"
+    limits = options.memory, options.patience
+    yield {"lengths": lengths.measured(options.device, options.dtypes[0], *limits, options.sides, progress)}
+
+
+def run_encoders(options: argparse.Namespace, progress: Progress) -> Found:
+    progress.title = "encoders"
+    yield {"encoders": encoders.measured(options.device, options.dtypes, options.quick, progress)}
+
+
+PART = {"ops": run_ops, "lengths": run_lengths, "encoders": run_encoders}
+
+
+def draw_plots(file: Path, folder: Path) -> int:
+    try:
+        from . import plots
+    except ImportError as error:
+        print(f"no plots: {error.name} is missing: pip install 'relpos_cuda[demo]'", file=sys.stderr)
+        return 0
+    for path in plots.draw(file, folder):
+        print(path)
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

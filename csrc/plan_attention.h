@@ -34,15 +34,15 @@ struct KeyTiling {
 };
 KeyTiling tile_keys(const Shape& s, int bytes);
 
-#ifdef RELPOS_FEW_KERNELS  // tests that compile them many times
-constexpr bool kFewKernels = true;
-#else
-constexpr bool kFewKernels = false;
+#ifndef RELPOS_MOST_HEAD_DIM  // less: fewer kernels, for tests that compile them many times
+#define RELPOS_MOST_HEAD_DIM 128
 #endif
+constexpr int kMostHeadDim = RELPOS_MOST_HEAD_DIM;
+constexpr bool kFewKernels = kMostHeadDim <= 64;  // and fewer widths of tiles, then
 
 // The head dimension of the kernel that takes D; 0 if none does.
 constexpr int kernel_head_dim(int D, int bytes) {
-  if (D > (kFewKernels ? 64 : 128) || D % 8) return 0;
+  if (D > kMostHeadDim || D % 8) return 0;
   return D <= 64 ? 64 : bytes == 4 && D > 96 ? 128 : round_up(D, 16);
 }
 

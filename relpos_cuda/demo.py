@@ -131,9 +131,9 @@ def _seconds(value: float) -> str:
 # ---- the model and the photograph
 
 
-def build_model(size: int, device: str, dtype: torch.dtype) -> nn.Module:
-    """ViT-B; random weights of unit gain (transformers starts at 1e-10), the same each time."""
-    model = _empty_model(size, "eager").to_empty(device=device).to(dtype).eval()
+def build_model(size: int, device: str, dtype: torch.dtype, **config: Any) -> nn.Module:
+    """ViT-B, or as ``config`` says; random weights of unit gain (transformers starts at 1e-10), always the same."""
+    model = _empty_model(size, "eager", **config).to_empty(device=device).to(dtype).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -145,17 +145,17 @@ def build_model(size: int, device: str, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-def with_sdpa(model: Any) -> nn.Module:
+def with_sdpa(model: Any, **config: Any) -> nn.Module:
     """The library's other attention class, on the same weights."""
-    twin = _empty_model(model.config.image_size, "sdpa")
+    twin = _empty_model(model.config.image_size, "sdpa", **config)
     twin.load_state_dict(model.state_dict(), assign=True)
     return twin.eval()
 
 
-def _empty_model(size: int, implementation: str) -> nn.Module:
+def _empty_model(size: int, implementation: str, **config: Any) -> nn.Module:
     from transformers import SamVisionConfig, SamVisionModel
 
-    options: dict[str, Any] = {"image_size": size, "attn_implementation": implementation}
+    options: dict[str, Any] = {"image_size": size, "attn_implementation": implementation, **config}
     with torch.device("meta"):
         return SamVisionModel(SamVisionConfig(**options))
 
@@ -214,8 +214,8 @@ def _variants(run: Callable[[Any], Tensor], model: Any, sdpa: Any) -> Steps:
     from .integrations.transformers import patched
 
     def run_patched() -> Tensor:
-        with patched(model):
-            return run(model)
+        with patched(sdpa):
+            return run(sdpa)
 
     return {STOCK: lambda: run(model), SDPA: lambda: run(sdpa), PATCHED: run_patched}
 

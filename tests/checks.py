@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
 import relpos_cuda
 from problems import ATTENTION_NAMES, AttentionInputs, Problem, run_attention, vanishes
 from relpos_cuda import reference
+
+EVERYTHING = os.environ.get("RELPOS_TEST_EVERYTHING") == "1"  # `make test-all`
 
 
 def miss(got: Tensor, exact: Tensor) -> float:

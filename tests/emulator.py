@@ -18,11 +18,11 @@ from relpos_cuda import _libraries, _ops, autograd, support
 from simt import toolchain
 
 ROOT = Path(__file__).parent.parent
-SOURCES = [
-    f"csrc/{name}" for name in (*_libraries.CUDA_KERNELS, *_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)
-]
+DTYPES = [f"-DRELPOS_TYPE={dtype}" for dtype in _libraries.CUDA_DTYPES]
+UNITS = [(f"csrc/{name}", dtype) for name in _libraries.CUDA_KERNELS for dtype in DTYPES]
+UNITS += [(f"csrc/{name}", "") for name in (*_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)]
 NAMESPACE = "relpos_emulated"
-FEW_KERNELS = "-DRELPOS_FEW_KERNELS"  # fewer head dimensions, for what is compiled with sanitizers
+FEW_KERNELS = "-DRELPOS_MOST_HEAD_DIM=64"  # for what is compiled with sanitizers
 ARCH = "RELPOS_EMULATED_ARCH"  # variable with the architecture that plans are for
 INSTEAD = "RELPOS_EMULATED_LIBRARY"  # variable that names another library to test, one with a planted bug
 
@@ -83,8 +83,8 @@ def build(sanitizer: toolchain.Sanitizer = toolchain.PLAIN) -> Path:
 
 def compile_tree(root: Path, library: Path, sanitizer: toolchain.Sanitizer = toolchain.PLAIN, *more: str) -> Path:
     """The library of a tree that has csrc and tests/simt: the project, or a copy of it."""
-    sources, shim = [root / source for source in SOURCES], root / "tests" / "simt"
-    return toolchain.compile_library(sources, library, [*_flags(), *more], shim, sanitizer)
+    units, shim = [(root / source, flag) for source, flag in UNITS], root / "tests" / "simt"
+    return toolchain.compile_library(units, library, [*_flags(), *more], shim, sanitizer)
 
 
 def _flags() -> list[str]:

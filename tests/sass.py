@@ -25,10 +25,14 @@ import pytest
 if __name__ == "__main__":
     sys.path.insert(1, str(Path(__file__).parent.parent))
 
+from checks import EVERYTHING
 from relpos_cuda import _build, _libraries, _toolchain
 from test_install import no_nvcc
 
 ARCHS = ("80", "90a")
+# Of the attention. bfloat16 differs from float16 in two opcodes.
+DTYPES = {"float32": "float", "float16": "__half"} | ({"bfloat16": "__nv_bfloat16"} if EVERYTHING else {})
+HEAD_DIMS = (64, 80, 96, *((112, 128) if EVERYTHING else ()))
 SHARED_PER_SM = {"80": 164, "86": 100, "89": 100, "90a": 228, "100": 228, "120": 100}  # KiB, CUDA programming guide
 REGISTERS_PER_SM, REGISTERS_AT_ONCE = 65536, 256  # the latter: what a warp's share is rounded up to
 RESERVED_SHARED = 1024  # of every block
@@ -268,12 +272,10 @@ def missing() -> str:
 
 
 def library() -> Path:
-    """The CUDA library for ARCHS, from the cache if it is there.
-
-    Without the bfloat16 kernels of the attention, which differ from those of float16 in two opcodes: minutes less.
-    """
+    """The CUDA library for ARCHS, from the cache if it is there; what DTYPES and HEAD_DIMS lack saves minutes."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_libraries, "CUDA_DTYPES", ("float", "__half"))
+        patch.setattr(_libraries, "CUDA_DTYPES", tuple(DTYPES.values()))
+        patch.setenv("RELPOS_CUDA_NVCCFLAGS", f"-DRELPOS_MOST_HEAD_DIM={HEAD_DIMS[-1]}")
         patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
         return _build.build("cuda")
 
@@ -288,12 +290,14 @@ template __global__ void attention_fwd_kernel<__nv_bfloat16, 64, 8, false>(const
 
 
 def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
-    """Instructions per logit of a thread in the loops over keys of some kernels of the forward."""
+    """Instructions per logit of a thread in the loops over keys of some kernels of the forward.
+
+    TORCH_CUDA_ARCH_LIST must name the architecture.
+    """
+    folder.mkdir()
     source, object_file = folder / "forward.cu", folder / "forward.o"
     source.write_text(FORWARD)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUDA_ARCH_LIST", arch)
-        library = _libraries.library("cuda")
+    library = _libraries.library("cuda")
     unit = next(u for u in library.units if u.source.name == "attention_fwd.cu")
     of_unit = [flag for flag in unit.flags if not flag.startswith("-DRELPOS_TYPE")]
     include = [f for i in (*library.include, *library.system_include) for f in ("-isystem", str(i))]

@@ -29,7 +29,7 @@ def numbers(printed: str, variant: str) -> list[list[float]]:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """An encoder that is done in no time, in the place of ViT-B."""
 
-    def empty_model(size: int, implementation: str) -> torch.nn.Module:
+    def empty_model(size: int, implementation: str, **config: object) -> torch.nn.Module:
         config = SamVisionConfig(
             image_size=size, attn_implementation=implementation, hidden_size=64, mlp_dim=64,
             num_hidden_layers=3, num_attention_heads=2, window_size=4, global_attn_indexes=[2],
@@ -88,7 +88,7 @@ def test_training_at_half_precision(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_wrong_result_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(integration, "add_decomposed_rel_pos", lambda attn, *args, **kwargs: attn)
+    monkeypatch.setattr(integration, "rel_pos_attention", lambda q, k, v, *others, **more: v)
     command = ["--size", "64", "--rounds", "1", "--device", "cpu"]
     assert demo.main([*command, "--output", str(tmp_path / "demo.png")]) == 1
     assert "differ" in capsys.readouterr().err

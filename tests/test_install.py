@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import relpos_cuda
+from checks import EVERYTHING
 from relpos_cuda import _build, _self_check, _toolchain
 from relpos_cuda._build import BuildError
 
@@ -58,7 +59,7 @@ def test_commands(tmp_path: Path):
     assert "-fvisibility=hidden" in done.stderr, "build is verbose"
     done = command("build", "cpu", CXX="no-such-compiler")
     assert done.returncode == 1 and "no-such-compiler" in done.stdout
-    few = {"RELPOS_CUDA_NVCCFLAGS": "-DRELPOS_FEW_KERNELS"}  # seconds instead of minutes, should CUDA be compiled
+    few = {} if torch.cuda.is_available() else FEW_KERNELS  # should CUDA be compiled
     done = command("check", **few)
     lines = done.stdout.splitlines()
     assert (done.returncode, len(lines)) == (0, 12 if torch.cuda.is_available() else 6), done.stdout + done.stderr
@@ -102,7 +103,8 @@ SPILLED = {
     for t in ("6__half", "13__nv_bfloat16")
     for arch in ("100", "120")
 }
-ARCHS = ("86", "89", "100", "120")  # test_sass.py builds for sm_80 and sm_90a
+ARCHS = ("86", "89", "100", "120") if EVERYTHING else ("86", "120")  # test_sass.py builds for sm_80 and sm_90a
+FEW_KERNELS = {"TORCH_CUDA_ARCH_LIST": ";".join(ARCHS), "RELPOS_CUDA_NVCCFLAGS": "-DRELPOS_MOST_HEAD_DIM=64"}
 
 
 @pytest.mark.slow
@@ -112,8 +114,8 @@ def test_cuda_library_for_other_architectures(monkeypatch: pytest.MonkeyPatch):
 
     With one head dimension of the attention; test_sass.py reads them all.
     """
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
-    monkeypatch.setenv("RELPOS_CUDA_NVCCFLAGS", "-DRELPOS_FEW_KERNELS")
+    for name, value in FEW_KERNELS.items():
+        monkeypatch.setenv(name, value)
     library = _build.build("cuda")
     assert _build.archs_of(library) == ARCHS
     report = (library.parent / "ptxas.log").read_text()
@@ -135,12 +137,12 @@ for op in relpos_cuda._ops.SCHEMAS:
 
 @pytest.mark.slow
 def test_pip_install(tmp_path: Path):
-    """Into a fresh environment that has PyTorch: no download, csrc and libraries in the wheel, works from elsewhere.
+    """Into a fresh environment that has PyTorch: no download; csrc, libraries, benchmarks in it; works from elsewhere.
 
     Without build isolation and without an index, because an isolated build fetches setuptools; --ignore-installed,
     because this project may be installed where the packages come from.
     """
-    names = ("csrc", "relpos_cuda", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+    names = ("benchmarks", "csrc", "relpos_cuda", "setup.py", "pyproject.toml", "README.md", "LICENSE")
     tree = tmp_path / "tree"  # setuptools leaves files behind in the tree
     tree.mkdir()
     for path in (ROOT / name for name in names if (ROOT / name).exists()):
@@ -172,4 +174,9 @@ def test_pip_install(tmp_path: Path):
     assert done.returncode == 0, done.stderr
     origin, plan, package = done.stdout.split()
     assert origin == "prebuilt" and Path(plan).parent == installed / "_prebuilt"
+    assert not list(installed.glob("benchmarks/results")) and not list(installed.glob("benchmarks/*probe*"))
+    measure = "bench --quick --parts ops --ops attention --cases sam_b_windows --rounds 1 --seconds 0.01".split()
+    command = [environment, "-m", "relpos_cuda", *measure]
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "bench" / "bench.json").is_file(), done.stdout + done.stderr
     assert Path(package).parent == installed

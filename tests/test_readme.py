@@ -35,8 +35,8 @@ def test_measured_rows_are_those_of_committed_results(monkeypatch: pytest.Monkey
     from benchmarks import report
 
     results = re.findall(r"\[all rows with their spread\]\((benchmarks/results/cpu/.*?\.json)\)", README)
-    assert len(results) == len(report.PEERS)
-    for op, result in zip(report.PEERS, results, strict=True):
+    assert len(results) == len(report.COLUMNS)
+    for op, result in zip(report.COLUMNS, results, strict=True):
         assert report.table(op, ROOT / result) in README
 
 

@@ -124,21 +124,23 @@ def test_no_relative_positions_and_no_qkv_bias() -> None:
 
 @each_class
 def test_the_op_is_called_once_per_layer(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
+    op = {"eager": "add_decomposed_rel_pos", "sdpa": "rel_pos_attention"}[implementation]
+    calls: list[dict] = []
 
-    def spy(*args: object, inplace: bool) -> Tensor:
-        calls.append(inplace)
-        return original(*args, inplace=inplace)
+    def spy(*args: object, **more: object) -> Tensor:
+        calls.append(more)
+        return original(*args, **more)
 
-    original: Callable[..., Tensor] = integration.add_decomposed_rel_pos
-    monkeypatch.setattr(integration, "add_decomposed_rel_pos", spy)
+    original: Callable[..., Tensor] = getattr(integration, op)
+    monkeypatch.setattr(integration, op, spy)
     model = vision_model(implementation)
     with torch.no_grad():
         model(pixels())
         assert calls == []
         integration.patch(model)
         model(pixels())
-    assert calls == [True] * LAYERS
+    more = {"eager": {"inplace": True}, "sdpa": {"scale": HEAD_DIM**-0.5}}[implementation]
+    assert calls == [more] * LAYERS
 
 
 @each_class

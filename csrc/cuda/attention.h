@@ -21,15 +21,14 @@ using Int = std::integral_constant<int, V>;
 // f(Int<D>) for the head dimension of the kernel.
 template <typename T, typename F>
 void dispatch_head_dim(int head_dim, F&& f) {
-  if (head_dim == 64) return f(Int<64>{});
-  if constexpr (!kFewKernels) {
-    if (head_dim == 80) return f(Int<80>{});
-    if (head_dim == 96) return f(Int<96>{});
-    if constexpr (sizeof(T) == 2)
-      if (head_dim == 112) return f(Int<112>{});
-    if (head_dim == 128) return f(Int<128>{});
-  }
-  RELPOS_CHECK(false, "no attention kernel for the head dimension ", head_dim);
+  bool found = false;
+  const auto if_it_is = [&](auto d) {
+    if constexpr (kernel_head_dim(d(), sizeof(T)) == d()) {
+      if (head_dim == d()) found = true, f(d);
+    }
+  };
+  if_it_is(Int<64>{}), if_it_is(Int<80>{}), if_it_is(Int<96>{}), if_it_is(Int<112>{}), if_it_is(Int<128>{});
+  RELPOS_CHECK(found, "no attention kernel for the head dimension ", head_dim);
 }
 
 // f(Int<blocks>, Int<one line per tile>) for the tiles of keys that `tile_keys` makes for this dtype.

@@ -198,13 +198,13 @@ struct AttentionBwdKeys {
     add_weighted(dk, dp, tile.q, begin);
   }
 
-  // Through the warp's own rows of a tile; token(slot of the block) is -1 if there is none.
+  // Through the warp's own rows of a tile; token(slot of the block) is -1 if there is none. No barrier comes before: a
+  // lane overwrites what it alone has read, as the operand a, or a strip that the barrier of another has freed.
   template <typename F>
   __device__ __forceinline__ void store(const OutRows& to, const float (&d)[STRIPS][D / 8][4], float factor,
                                         const Tile<T, D>& rows, const BlockPlace& place, F&& token) const {
     if (to.data == nullptr) return;
     T* data = rows_of<T>(place, to);
-    __syncwarp();  // the rows may be overwritten
 #pragma unroll
     for (int s = 0; s < STRIPS; ++s) {
       put_strip(rows, first + s * 16, d[s], factor);

@@ -1,4 +1,6 @@
-"""SAM of transformers: vision attention whose bias is added to the logits in a single pass.
+"""SAM of transformers: vision attention on our ops.
+
+"sdpa" models run on the fused attention, "eager" ones, which return their weights, on the logits op.
 
     patch(model)                 # every SamVisionAttention and SamVisionSdpaAttention in the model
     unpatch(model)               # as if nothing had happened
@@ -19,11 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import add_decomposed_rel_pos
+from ..functional import add_decomposed_rel_pos, rel_pos_attention
 
 
 def patch(model: nn.Module) -> int:
-    """Runs a SAM's vision attention on :func:`relpos_cuda.add_decomposed_rel_pos`.
+    """Runs a SAM's vision attention on :func:`relpos_cuda.rel_pos_attention`.
+
+    Models whose ``attn_implementation`` is "eager" return attention weights: theirs is
+    :func:`relpos_cuda.add_decomposed_rel_pos`.
 
     Args:
         model: Any module with the vision attention of transformers' SAM: SamModel, SamVisionModel,
@@ -105,12 +110,25 @@ def _eager_forward(self: Any, hidden_states: Tensor, output_attentions: bool | N
 
 
 def _sdpa_forward(self: Any, hidden_states: Tensor, output_attentions: bool | None = False) -> tuple[Tensor, None]:
-    weights, value = _weights_and_values(self, hidden_states)  # this class has no dropout
-    return _project(self, weights @ value, hidden_states), None
+    query, key, value, grid = _heads(self, hidden_states)  # this class has no dropout
+    if self.use_rel_pos:
+        tables = self.rel_pos_h, self.rel_pos_w
+        out = rel_pos_attention(query, key, value, *tables, grid, grid, scale=self.scale)
+    else:
+        out = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+    return _project(self, out, hidden_states), None
 
 
 # Bound methods are pickled by name: a patched model, saved, loads with the library's forward.
 _eager_forward.__name__ = _sdpa_forward.__name__ = "forward"
+
+
+def _heads(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """q, k, v as ``[B, heads, S, D]``, views; and the grid."""
+    batch, height, width, _ = hidden_states.shape
+    qkv = self.qkv(hidden_states).reshape(batch, height * width, 3, self.num_attention_heads, -1)
+    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    return query, key, value, (height, width)
 
 
 def _weights_and_values(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,10 +137,7 @@ def _weights_and_values(self: Any, hidden_states: Tensor) -> tuple[Tensor, Tenso
     Rounded where the eager class rounds: logits in the dtype of q, softmax in float32, weights in
     the dtype of q.
     """
-    batch, height, width, _ = hidden_states.shape
-    grid = (height, width)
-    qkv = self.qkv(hidden_states).reshape(batch, height * width, 3, self.num_attention_heads, -1)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # views
+    query, key, value, grid = _heads(self, hidden_states)
     scores = (query * self.scale) @ key.mT  # ours alone, and matmul does not save it for backward
     if self.use_rel_pos:
         scores = add_decomposed_rel_pos(scores, query, self.rel_pos_h, self.rel_pos_w, grid, grid, inplace=True)

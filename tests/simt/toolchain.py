@@ -87,15 +87,16 @@ def missing() -> str | None:
 
 
 def compile_library(
-    sources: Iterable[Path],
+    sources: Iterable[Path | tuple[Path, str]],
     library: Path,
     extra: Iterable[str] = (),
     shim: Path = HERE,
     sanitizer: Sanitizer = PLAIN,
 ) -> Path:
-    """Builds one shared library out of kernel sources and the shim, or a copy of it."""
+    """Builds one shared library out of kernel sources, some with a flag of their own, and the shim, or a copy of it."""
     include = ["-DRELPOS_EMULATE", f"-I{shim}", "-isystem", str(cuda_include())]
-    units = [(source, sanitizer.flags) for source in sources]
+    pairs = (source if isinstance(source, tuple) else (source, "") for source in sources)
+    units = [(source, (*sanitizer.flags, *filter(None, [flag]))) for source, flag in pairs]
     units += [(shim / name, (*SHIM_FLAGS, *sanitizer.shim_flags)) for name in SHIM]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
         objects = [str(Path(folder, f"{i}.o")) for i in range(len(units))]

@@ -1,0 +1,87 @@
+"""What a result was measured on: names, versions, and the rates of copies and products, as they are that minute."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import importlib.metadata
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from .cases import DTYPES
+
+COPIED = {"cpu": 256 << 20, "cuda": 2 << 30}  # bytes
+PRODUCT = {"cpu": 2048, "cuda": 8192}  # side of the matrices
+SAMPLES = 5
+
+
+def about(device: str) -> dict:
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
+    versions |= {"relpos_cuda": importlib.metadata.version("relpos_cuda")}
+    described = {"date": str(datetime.date.today()), "commit": commit(), "versions": versions, "kind": device}
+    if device == "cuda":
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions["triton"] = importlib.metadata.version("triton")
+        return described | {"device": torch.cuda.get_device_name(), "driver": of_gpu("driver_version")}
+    models = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    isa, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
+    return described | {"device": models[0] if models else platform.machine(), "isa": isa, "threads": threads}
+
+
+def commit() -> str:
+    """With a mark, if what is measured differs from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    changed = said_by(*git, "status", "--porcelain", "-uno", "--", "../csrc", "../relpos_cuda", ".")
+    return (said_by(*git, "rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")
+
+
+def of_gpu(what: str) -> str:
+    return said_by("nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader").split("\n")[0] or "unknown"
+
+
+def said_by(*command: str) -> str:
+    """Nothing, if there is no such command."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def rates(device: str, dtypes: list[str]) -> dict:
+    """GB/s of a copy, read and written; GFLOP/s of a square product in each dtype; the clock of a GPU."""
+    a, b = (torch.ones(COPIED[device] // 4, device=device) for _ in range(2))
+    found = {"gbytes": round(2 * a.nbytes / _seconds(partial(a.copy_, b), device) / 1e9, 1), "gflops": {}}
+    del a, b
+    side = PRODUCT[device]
+    for dtype in dtypes:
+        x, y, z = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(3))
+        seconds = _seconds(partial(torch.mm, x, y, out=z), device)
+        found["gflops"][dtype] = round(2 * side**3 / seconds / 1e9, 1)
+    return found | ({"sm_clock": of_gpu("clocks.sm")} if device == "cuda" else {})
+
+
+def _seconds(run: Callable[[], object], device: str) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    once()
+    return statistics.median(once() for _ in range(SAMPLES))
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []

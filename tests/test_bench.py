@@ -1,0 +1,286 @@
+"""The benchmark: what it calls right, wrong, refused and out of memory; its file, tables and plots. No times."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from benchmarks import attention, cases, correctness, floors, lengths, logits, optional, protocol, report, run
+from benchmarks.cases import Case, square
+from benchmarks.peers import Peer
+
+SMALL = [
+    square("square", 2, 2, 6, 16),
+    Case("pooled", 1, 3, (8, 6), (4, 3), 8),
+    Case("with_cls", 2, 1, (4, 4), (2, 2), 8, prefix=1),
+]
+OPS = {"attention": attention, "logits": logits}
+each_op = pytest.mark.parametrize("op", OPS.values(), ids=list(OPS))
+
+
+def bench(op: ModuleType, case: Case, peers: list[Peer], dtype: str = "float32") -> tuple[list[dict], dict[str, str]]:
+    effort = protocol.Effort(seconds=0, least=5)
+    return protocol.bench(op, case, dtype, "cpu", peers, effort, progress=lambda what: None)
+
+
+@each_op
+@pytest.mark.parametrize(
+    "case,dtype", [(case, "float32") for case in SMALL] + [(SMALL[0], "bfloat16")], ids=lambda x: getattr(x, "name", x)
+)
+def test_every_peer_computes_the_same(op: ModuleType, case: Case, dtype: str):
+    """Those that torch.compile makes have a test of their own."""
+    peers = op.peers_of(case, "cpu", compiled=False)
+    rows, refused = bench(op, case, peers, dtype)
+    assert refused == {}
+    assert {row["peer"] for row in rows} == {p.name for p in peers}
+    for row in rows:
+        assert row["milliseconds"] > 0 and row["samples"] == 5 and row["op"] == op.__name__.split(".")[1]
+        assert row["deterministic"] is (None if row["pass"] == "forward" else True), row
+        assert "note" in row or not row["wrong"], row
+    trained = {row["peer"] for row in rows if row["pass"] == "backward"}
+    assert trained == {p.name for p in peers if p.gradients} >= {op.OURS, "eager" if op is logits else "eager, SAM"}
+    ours = next(row for row in rows if (row["peer"], row["pass"]) == (op.OURS, "backward"))
+    assert list(ours["errors"]) == ["out", *op.LEAVES]
+
+
+@pytest.mark.slow
+@each_op
+def test_compiled_peers_compute_the_same(op: ModuleType):
+    case = square("square", 1, 2, 8, 16)
+    peers = [p for p in op.peers_of(case, "cpu", compiled=True) if p.name in ("compiled", "flex")]
+    assert len(peers) == (2 if op is attention else 1)
+    rows, refused = bench(op, case, peers)
+    assert refused == {} and not any(row["wrong"] for row in rows)
+
+
+@each_op
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_peer_that_is_wrong_is_called_so(op: ModuleType, gradient: bool):
+    """In its result, or in one gradient only."""
+
+    def wrong(x: torch.Tensor) -> torch.Tensor:
+        return x.detach() + 1.1 * (x - x.detach()) if gradient else 1.01 * x
+
+    right = op.peers_of(SMALL[0], "cpu", compiled=False)[0]
+
+    def on(x: cases.Inputs):
+        call = right.on(x)
+        return type(call)(lambda: wrong(call.forward()), call.leaves, call.grad)
+
+    rows, _ = bench(op, SMALL[0], [Peer("wrong", on, right.gradients)])
+    assert [row["wrong"] for row in rows] == [not gradient, True, True]
+    assert max(rows[-1]["errors"].values()) == pytest.approx(0.1 if gradient else 0.01, rel=0.1)
+
+
+def test_not_a_number_is_wrong():
+    assert correctness.is_wrong({"out": float("nan")}, torch.float32)
+    assert correctness.is_wrong({"out": 0.0, "q": float("inf")}, torch.float32)
+    assert not correctness.is_wrong({"out": 1e-6}, torch.float32)
+
+
+def test_gradients_of_few_groups_are_those_of_all():
+    """The float64 side sees two of four groups; the others have no gradient."""
+    x = attention.draw(SMALL[0], torch.float64, "cpu")
+    groups = [0, 3]
+    truth = correctness.exact(attention, x, groups)
+    of_all = correctness.exact(attention, correctness.of_groups_only(x, groups), [0, 1, 2, 3])
+    for name, t in truth.items():
+        torch.testing.assert_close(of_all[name] if name.startswith("rel_pos") else of_all[name][groups], t)
+    assert correctness.groups_to_compare(x) == [0, 1, 2, 3]
+    large = attention.draw(square("large", 1, 7, 80, 2), torch.float32, "cpu")
+    assert correctness.groups_to_compare(large) == [0, 6]
+
+
+def test_a_peer_that_cannot_run_is_refused_with_its_reason():
+    def cannot(x: cases.Inputs) -> torch.Tensor:
+        raise RuntimeError("no kernel for this\nand a stack trace")
+
+    def no_backward(x: cases.Inputs) -> torch.Tensor:
+        return attention.ours(x).detach()
+
+    peers = [attention.peer("cannot", cannot), attention.peer("no backward", no_backward)]
+    rows, refused = bench(attention, SMALL[0], peers)
+    assert rows == [] and refused["cannot"] == "no kernel for this" and "grad" in refused["no backward"]
+
+
+def test_results_that_vary_are_told():
+    call = attention.peers_of(SMALL[0], "cpu", False)[0].on(attention.draw(SMALL[0], torch.float32, "cpu"))
+    task = protocol.Task(Peer("a peer", lambda x: call, ("q",)), protocol.BOTH, [call])
+    for value, deterministic in ((1.0, None), (1.0, True), (1.5, False), (1.0, False)):
+        task.compare(0, (torch.tensor([value]), call.grad))
+        assert task.deterministic is deterministic
+
+
+@pytest.mark.parametrize("op", ["attention", "logits"])
+def test_floors(op: str):
+    case = Case("a case", 2, 3, (4, 5), (2, 3), 8, prefix=1)
+    q, k, scores, factors = 6 * 21 * 8, 6 * 7 * 8, 6 * 21 * 7, 2 * 6 * 21 * 5 * 8
+    forward, backward, both = (floors.work(op, case, "bfloat16", p) for p in protocol.PASSES)
+    if op == "attention":
+        assert forward == {"flops": 2 * 2 * scores * 8 + factors, "bytes": 2 * (2 * q + 2 * k)}
+        assert backward == {"flops": 5 * 2 * scores * 8 + 3 * factors, "bytes": 2 * (4 * q + 4 * k)}
+    else:
+        assert forward == {"flops": factors, "bytes": 2 * (2 * scores + q)}
+        assert backward == {"flops": 2 * factors, "bytes": 2 * (scores + 2 * q)}
+    assert both == {key: forward[key] + backward[key] for key in forward}
+    assert floors.floor_milliseconds(flops=10**9, bytes=10**6, gflops=100, gbytes=10) == 10
+    assert floors.floor_milliseconds(flops=10**6, bytes=10**9, gflops=100, gbytes=10) == 100
+
+
+# ---- lengths
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_out_of_memory(monkeypatch: pytest.MonkeyPatch):
+    """48 x 48 eager takes a GiB, ours nothing of the kind; each in a process of its own."""
+    monkeypatch.setattr(lengths, "PEERS", {"cpu": ("ours", "eager, SAM")})
+    said: list[str] = []
+    rows = lengths.measured("cpu", "float32", 0.5, 1e3, (4, 48), said.append)
+    assert len(said) == len(rows) == 2 * 2 * 2
+    outcome = {(row["peer"], row["pass"]): row.get("outcome") for row in rows if row["side"] == 48}
+    assert outcome["eager, SAM", "forward"] == outcome["eager, SAM", "forward + backward"] == "out of memory"
+    assert outcome["ours", "forward"] is outcome["ours", "forward + backward"] is None
+
+
+def test_what_would_take_too_long_is_not_run():
+    rows = list(lengths.rows_of("ours", "cpu", "float32", 1e-6, [2, 4, 8]))
+    assert [(row["side"], "outcome" in row) for row in rows] == [(n, n > 2) for n in (2, 2, 4, 4, 8, 8)]
+    assert re.fullmatch(r"not run: about \d+ s", rows[-1]["outcome"])
+
+
+# ---- kernels of others
+
+
+FLASH_4 = """
+import torch
+seen = []
+def _autotune(configs, run):
+    return min(configs), 0
+def _attention_rel_h_rel_w(q, k, v, rel_h, rel_w):
+    seen.append(_autotune([(64, 128), (128, 64)], None)[0])
+    bias = (rel_h + rel_w).view(*q.shape[:3], -1)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+"""
+DEEPENCODER = """
+import torch
+from vllm.triton_utils import tl, triton
+def deepencoder_rel_pos_attention(q, k, v, rel_h, rel_w, height, width, scale):
+    assert rel_h.shape == (*q.shape[:3], height) and rel_w.shape == (*q.shape[:3], width)
+    bias = (rel_h[..., None] + rel_w[..., None, :]).flatten(-2)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+"""
+FLASH_ATTENTION = """
+import torch
+def flash_attn_func(q, k, v):
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2), None
+"""
+
+
+def test_kernels_of_others_are_called_as_their_libraries_call_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Stand-ins with the signatures of the real ones: what is tested is what we pass, and what we make of it."""
+    import sys
+
+    for name in ("triton", "triton.language"):
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    for name in ("vllm", "vllm.triton_utils", "relpos_peer_flash_4", "relpos_peer_deepencoder_attention"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    tmp_path.joinpath("flash_4.py").write_text(FLASH_4)
+    tmp_path.joinpath("deepencoder_attention.py").write_text(DEEPENCODER)
+    tmp_path.joinpath("flash_attn").mkdir()
+    tmp_path.joinpath("flash_attn", "cute.py").write_text(FLASH_ATTENTION)
+
+    case = square("sam", 2, 1, 64, 64)
+    peers, refused = optional.peers_of(tmp_path, case)
+    assert refused == {} and [p.name for p in peers] == list(optional.LOADERS)
+    x = attention.draw(case, torch.bfloat16, "cpu")
+    ours, no_bias = attention.ours(x), attention.no_bias(x)
+    for peer in peers:
+        expected = ours if peer.same_work else no_bias
+        torch.testing.assert_close(peer.on(x).forward(), expected, rtol=0.05, atol=0.05)
+        with pytest.raises(NotImplementedError, match="half precision"):
+            peer.on(attention.draw(SMALL[0], torch.float32, "cpu")).forward()
+    assert [p.gradients for p in peers] == [(), (), ("q", "k", "v")]
+    assert sys.modules["relpos_peer_flash_4"].seen == [(128, 64)], "blocks of 128 keys are left out"
+
+    refused = optional.peers_of(tmp_path, square("small", 1, 1, 32, 64))[1]
+    assert refused["segment-anything-fast"].startswith("grids are 64 x 64, not as in small")
+    refused = optional.peers_of(tmp_path, square("one_image", 1, 1, 64, 64))[1]
+    assert refused["segment-anything-fast"].startswith("with D 64, one image")
+    assert len(optional.peers_of(tmp_path / "nothing", case)[1]) == 3
+
+
+# ---- the command
+
+
+@pytest.fixture
+def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CASES", {case.name: case for case in SMALL})
+    monkeypatch.setattr(run, "QUICK", ("square", "with_cls"))
+    monkeypatch.setattr(lengths, "SIDES", (4, 8))
+    monkeypatch.setattr(run.machine, "COPIED", {"cpu": 1 << 20})
+    monkeypatch.setattr(run.machine, "PRODUCT", {"cpu": 64})
+
+
+@pytest.mark.usefixtures("small_cases")
+def test_one_command_gives_tables_file_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    assert run.main(["--quick", "--parts", "ops", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    printed, file = capsys.readouterr().out, tmp_path / "bench.json"
+    result = json.loads(file.read_text())
+    assert {(row["op"], row["case"]) for row in result["rows"]} == {
+        (op, case) for op in OPS for case in ("square", "with_cls")
+    }
+    assert len(result["rates"]) == 2 and result["about"]["versions"]["torch"] == torch.__version__
+    assert "before: copy" in printed and "after: copy" in printed and "attention, square: 4 x 6x6, D 16" in printed
+    for row in result["rows"]:
+        assert re.search(rf"{re.escape(row['pass'])} +{re.escape(row['peer'])} +{row['milliseconds']:.4g} ", printed), (
+            row
+        )
+    assert {path.name for path in tmp_path.iterdir()} == {"bench.json", "peers.svg", "roofline.svg"}
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.svg")}
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    assert all(digest.encode() in content for content in before.values())
+    assert run.main(["--plot", str(file), "--out", str(tmp_path)]) == 0
+    assert all(path.read_bytes() == content for path, content in before.items()), "the same file, the same plots"
+
+
+@pytest.mark.usefixtures("small_cases")
+def test_the_command_fails_if_ours_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(attention, "ours", lambda x: 1.01 * attention.eager_sam(x))
+    arguments = ["--quick", "--parts", "ops", "--ops", "attention", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(arguments) == 1
+    assert re.search(r"ours .* WRONG", capsys.readouterr().out)
+
+
+LENGTHS = [
+    {"peer": "ours", "dtype": "float32", "pass": p, "side": n, "milliseconds": n**4 / 1e3, "peak_bytes": n * n * 1024}
+    for p in ("forward", "forward + backward")
+    for n in (14, 64, 128)
+] + [
+    {"peer": "eager, SAM", "dtype": "float32", "pass": p, "side": 14, "milliseconds": 80.0, "peak_bytes": 2**30}
+    for p in ("forward", "forward + backward")
+]
+LENGTHS += [row | {"side": 64, "outcome": "out of memory"} for row in LENGTHS if row["peer"] != "ours"]
+
+
+def test_lengths_are_shown(tmp_path: Path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import plots
+
+    table = report.text_of({"lengths": LENGTHS}, {"rates": [None]}).splitlines()
+    assert table[0] == "a layer against its length, forward, float32"
+    assert table[3].split() == ["64", "x", "64", "1.678e+04", "ms,", "4", "MiB", "out", "of", "memory"]
+    about = {"device": "a machine", "versions": {"torch": "2"}, "date": "today"}
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({"about": about, "rows": [], "lengths": LENGTHS}))
+    assert [path.name for path in plots.draw(file, tmp_path)] == ["time.svg", "memory.svg"]
+    assert "out of memory at 64" in (tmp_path / "memory.svg").read_text()
