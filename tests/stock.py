@@ -1,0 +1,100 @@
+"""Models of other libraries, accelerated against stock: outputs and every gradient, by the tolerance rule."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import relpos_cuda
+from checks import assert_close_as_eager
+from relpos_cuda import functional
+
+
+def filled(module: nn.Module, seed: int = 7) -> nn.Module:
+    """Tables, and everything else that libraries start at zero or one, drawn at random."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.dim() == 1 or "pos" in name or "cls" in name or "token" in name:
+                noise = torch.randn(p.shape, generator=draw) * (p.shape[-1] ** -0.5 if "rel_pos" in name else 0.1)
+                p.copy_(p + noise if p.dim() == 1 else noise)
+    return module
+
+
+def first_tensor(out: Any) -> Tensor:
+    """Of what models return: tensors, sequences, mappings."""
+    if isinstance(out, Tensor):
+        return out
+    if hasattr(out, "values"):
+        out = list(out.values())
+    return first_tensor(next(x for x in out if x is not None))
+
+
+def run(module: nn.Module, *inputs: Tensor) -> dict[str, Tensor]:
+    """Output, and the gradients of the first input and every parameter that has one, under a fixed cotangent."""
+    x, *others = inputs
+    x = x.clone().requires_grad_(x.is_floating_point())
+    out = first_tensor(module(x, *others))
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(2)).to(out)
+    module.zero_grad()
+    (out * weight).sum().backward()
+    grads = {f"gradient of {n}": p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), "gradient of the input": x.grad, **grads}
+
+
+def compare(
+    make: Callable[[], nn.Module],
+    *inputs: Tensor,
+    modules: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> relpos_cuda.Report:
+    """Stock and accelerated in ``dtype`` against stock in float64, all from the same numbers.
+
+    Args:
+        make: The model, the same at every call; its tables filled.
+        modules: How many attention modules must have our forward, and be called.
+    """
+    stock, ours = (make().to(dtype) for _ in range(2))
+    inputs = tuple(x.to(dtype) if x.is_floating_point() else x for x in inputs)
+    exact = run(copy.deepcopy(stock).double(), *(x.double() if x.is_floating_point() else x for x in inputs))
+    stock, ours, inputs = stock.to(device), ours.to(device), tuple(x.to(device) for x in inputs)
+    rival = run(stock, *inputs)
+    report = relpos_cuda.accelerate(ours)
+    assert len(report.replaced) == modules, report
+    tables = [n for n, _ in ours.named_parameters() if "rel_pos_" in n]
+    assert all(f"gradient of {n}" in exact for n in tables)
+    with count_calls() as calls:
+        got = run(ours, *inputs)
+    assert calls == [modules], "the fused attention was not called by every module"
+    assert exact.keys() == rival.keys() == got.keys()
+    for name in exact:
+        assert_close_as_eager(got[name], rival[name], exact[name], name)
+    assert relpos_cuda.restore(ours) == modules
+    again = run(ours, *inputs)
+    assert all(torch.equal(again[name], rival[name]) for name in rival), "restored, every bit is stock's"
+    return report
+
+
+@contextmanager
+def count_calls() -> Iterator[list[int]]:
+    """Of rel_pos_attention by any adapter."""
+    calls = [0]
+    original = functional.rel_pos_attention
+
+    def counted(*args: Any, **kwargs: Any) -> Tensor:
+        calls[0] += 1
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("relpos_cuda.integrations") and hasattr(module, "rel_pos_attention"):
+                patch.setattr(module, "rel_pos_attention", counted)
+        yield calls
