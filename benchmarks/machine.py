@@ -58,14 +58,18 @@ def said_by(*command: str) -> str:
 def rates(device: str, dtypes: list[str]) -> dict:
     """GB/s of a copy, read and written; GFLOP/s of a square product in each dtype; the clock of a GPU."""
     a, b = (torch.ones(COPIED[device] // 4, device=device) for _ in range(2))
-    found = {"gbytes": round(2 * a.nbytes / _seconds(partial(a.copy_, b), device) / 1e9, 1), "gflops": {}}
+    found = {"gbytes": _digits(2 * a.nbytes / _seconds(partial(a.copy_, b), device) / 1e9), "gflops": {}}
     del a, b
     side = PRODUCT[device]
     for dtype in dtypes:
         x, y, z = (torch.randn(side, side, device=device).to(DTYPES[dtype]) for _ in range(3))
         seconds = _seconds(partial(torch.mm, x, y, out=z), device)
-        found["gflops"][dtype] = round(2 * side**3 / seconds / 1e9, 1)
+        found["gflops"][dtype] = _digits(2 * side**3 / seconds / 1e9)
     return found | ({"sm_clock": of_gpu("clocks.sm")} if device == "cuda" else {})
+
+
+def _digits(x: float) -> float:
+    return float(f"{x:.4g}")
 
 
 def _seconds(run: Callable[[], object], device: str) -> float:

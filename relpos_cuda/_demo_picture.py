@@ -1,4 +1,4 @@
-"""The picture of the demo: photo, features of stock and of patched, difference, time, memory."""
+"""The picture of the demo: photo, features of stock and of accelerated, difference, time, memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def save(
     path: Path,
     photo: Tensor,  # [3, size, size], 0 to 255
     stock: Tensor,  # [C, h, w]
-    patched: Tensor,  # [C, h, w]
+    accelerated: Tensor,  # [C, h, w]
     title: str,
     setting: str,
     costs: dict[str, tuple[float, float]],  # variant -> seconds, GiB; the last one is ours
@@ -27,12 +27,12 @@ def save(
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     colours = principal_colours(stock)
-    error = ((patched - stock).norm(dim=0) / stock.norm(dim=0).mean()).nan_to_num()
+    error = ((accelerated - stock).norm(dim=0) / stock.norm(dim=0).mean()).nan_to_num()
     factor = round_number_below(1 / error.max().item()) if error.any() else 1.0
     panels = [
         ("photograph", photo.permute(1, 2, 0) / 255),
         ("features, stock", colours(stock)),
-        ("features, patched", colours(patched)),
+        ("features, accelerated", colours(accelerated)),
         (f"difference x {factor:,.9g}" if error.any() else "difference: none, bit for bit", error * factor),
     ]
 

@@ -1,4 +1,4 @@
-"""SAM's image encoder on a photograph, as transformers ships it and patched: time, memory, picture.
+"""SAM's image encoder on a photograph, as transformers ships it and accelerated: time, memory, picture.
 
 The weights are random (tables filled, which a fresh SAM has at zero), the photograph is in the
 scikit-image wheel: nothing is downloaded. All variants share their weights and take turns.
@@ -19,20 +19,21 @@ from torch import Tensor, nn
 
 from ._race import Steps, measure, race, table
 from .functional import add_decomposed_rel_pos
+from .integrations.accelerate import accelerate, restore
 
 PATCH = 16  # pixels per side of a token
 SIZES = (1024, 768, 512, 256)  # image sides; the first is SAM's own
 PATIENCE = 180.0  # seconds a run may take on a CPU where the size is ours to choose
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of SAM's image processor
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STOCK, SDPA, PATCHED = "stock, eager", "stock, sdpa", "patched"
+STOCK, SDPA, OURS = "stock, eager", "stock, sdpa", "accelerated"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the demo.
 
     Returns:
-        0: stock and patched agree; 1: they do not; 2: a package, a GPU or memory is missing.
+        0: stock and accelerated agree; 1: they do not; 2: a package, a GPU or memory is missing.
     """
     args = _parser().parse_args(argv)
     try:
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "SAM's image encoder on a photograph, stock and patched: time, memory, picture."
+    about = "SAM's image encoder on a photograph, stock and accelerated: time, memory, picture."
     parser = argparse.ArgumentParser(prog="python -m relpos_cuda demo", description=about)
     here = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--size", type=_side, help="image side (1024, or less on a slow CPU)")
@@ -108,19 +109,19 @@ def _run(args: argparse.Namespace) -> int:
     logits = race("logits", logits_steps(model, pixels), args.device, rounds)
     print(table("logits of a global layer", logits))
 
-    stock, patched = inference[STOCK], inference[PATCHED]
-    features = (stock.result[0], patched.result[0])
-    title = "SAM ViT-B image encoder, stock and patched"
+    stock, accelerated = inference[STOCK], inference[OURS]
+    features = (stock.result[0], accelerated.result[0])
+    title = "SAM ViT-B image encoder, stock and accelerated"
     if rounds > 1:  # one run is no measurement
-        title = f"SAM ViT-B image encoder: {_seconds(stock.median)} stock, {_seconds(patched.median)} patched"
+        title = f"SAM ViT-B image encoder: {_seconds(stock.median)} stock, {_seconds(accelerated.median)} accelerated"
         setting += f", runs of a variant differ by up to {max(r.spread for r in inference.values()):.0%}"
     costs = {name: (runs.median, max(runs.peaks)) for name, runs in inference.items()}
     _demo_picture.save(args.output, photo, *features, title, setting, costs)
     print(f"picture: {args.output}")
     unit = max(inference[SDPA].distance(stock)[1], torch.finfo(dtype).eps)
-    if patched.distance(stock)[1] <= 10 * unit:
+    if accelerated.distance(stock)[1] <= 10 * unit:
         return 0
-    print("patched and stock differ by over 10 times what stock's two classes do", file=sys.stderr)
+    print("accelerated and stock differ by over 10 times what stock's two classes do", file=sys.stderr)
     return 1
 
 
@@ -211,13 +212,14 @@ def training_steps(model: Any, sdpa: Any, pixels: Tensor) -> Steps:
 
 
 def _variants(run: Callable[[Any], Tensor], model: Any, sdpa: Any) -> Steps:
-    from .integrations.transformers import patched
-
-    def run_patched() -> Tensor:
-        with patched(sdpa):
+    def run_ours() -> Tensor:
+        accelerate(sdpa)
+        try:
             return run(sdpa)
+        finally:
+            restore(sdpa)
 
-    return {STOCK: lambda: run(model), SDPA: lambda: run(sdpa), PATCHED: run_patched}
+    return {STOCK: lambda: run(model), SDPA: lambda: run(sdpa), OURS: run_ours}
 
 
 def logits_steps(model: Any, pixels: Tensor) -> Steps:
@@ -244,4 +246,4 @@ def logits_steps(model: Any, pixels: Tensor) -> Steps:
     def some_rows(logits: Tensor) -> Tensor:
         return logits[:, ::61].clone()
 
-    return {STOCK: stock, PATCHED: ours, "without the bias": lambda: some_rows(query @ query.mT)}
+    return {STOCK: stock, OURS: ours, "without the bias": lambda: some_rows(query @ query.mT)}

@@ -7,6 +7,7 @@ float32: for sizes without an integer ratio, other precisions select other rows.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,9 +66,7 @@ def _device_lookup(q_size: Grid, k_size: Grid, device: torch.device) -> Tensor:
 
 def lookup(q_size: Grid, k_size: Grid, device: torch.device) -> Tensor:
     """The ``index`` argument of the ops, int32 on ``device``; cached, so that nothing syncs after the first call."""
-    if torch._C._len_torch_dispatch_stack():  # being traced: a constant of the graph, never a cached fake
-        return torch.tensor(host_lookup(q_size, k_size).values.tolist(), dtype=torch.int32, device=device)
-    return _device_lookup(q_size, k_size, device)
+    return _CONSTANTS[_slot(q_size, k_size)](q_size, k_size, device)
 
 
 @functools.lru_cache(maxsize=256)
@@ -76,8 +75,33 @@ def one_to_one(q_size: Grid, k_size: Grid) -> bool:
     return host_lookup(q_size, k_size).one_to_one
 
 
-# torch.compile takes the result as a constant (torch.compiler.assume_constant_result would import dynamo now).
-lookup._dynamo_marked_constant = True  # type: ignore[attr-defined]
+# ---- for torch.compile the index is a constant. It names one after the code that returned it, and refuses two of a name
+# in a graph: so there are many functions, and every pair of grids has one of its own.
+
+
+def _marked_constant(function: Callable[..., Any]) -> Callable[..., Any]:
+    """What torch.compiler.assume_constant_result does, which would import dynamo now."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def _constant(number: int) -> Callable[[Grid, Grid, torch.device], Tensor]:
+    def of_grids(q_size: Grid, k_size: Grid, device: torch.device) -> Tensor:
+        if torch._C._len_torch_dispatch_stack():  # being traced: a constant of the graph, never a cached fake
+            return torch.tensor(host_lookup(q_size, k_size).values.tolist(), dtype=torch.int32, device=device)
+        return _device_lookup(q_size, k_size, device)
+
+    of_grids.__code__ = of_grids.__code__.replace(co_name=f"lookup_{number}")
+    return _marked_constant(of_grids)
+
+
+_CONSTANTS = tuple(map(_constant, range(64)))
+_SLOTS: dict[tuple[Grid, Grid], int] = {}
+
+
+@_marked_constant
+def _slot(q_size: Grid, k_size: Grid) -> int:
+    return _SLOTS.setdefault((q_size, k_size), len(_SLOTS) % len(_CONSTANTS))
 
 
 def resize(table: Tensor, rows: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import relpos_cuda
-from checks import assert_exact_as_float64, assert_vanishes, compare_attention
+from checks import assert_close_as_eager, assert_exact_as_float64, assert_vanishes, compare_attention
 from conftest import use_device
 from problems import (
     ATTENTION_NAMES,
@@ -149,6 +149,26 @@ def test_logits_beyond_float16(device: str):
     assert not torch.isfinite(rival[0]).all()
     assert all(torch.isfinite(g).all() for g in got)
     torch.testing.assert_close(got[0].cpu().double(), exact[0], rtol=2**-10, atol=2**-10)
+
+
+@pytest.mark.parametrize("axis", [0, 1], ids=["lines", "columns"])
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_what_is_added_to_a_whole_table_costs_no_precision(axis: int, dtype: torch.dtype, device: str):
+    """A vector c added to every row of a table adds q c to all logits of a query: softmax and gradients are the same.
+
+    But that of q, which has c times a sum of rounded numbers that would be zero.
+    """
+    problem = with_enough_numbers(same("shifted", 6, 7, 32))
+    inputs = draw_attention(problem, dtype)
+    for table in inputs.tensors[3:]:
+        table.copy_((table * 16).round() / 4)  # with c, still a number of 8 bits
+    exact = run_attention(eager, problem, inputs, torch.float64)
+    rival = run_attention(eager, problem, inputs, dtype, device)
+    inputs.tensors[3 + axis] += 24 * torch.randn(32, generator=torch.Generator().manual_seed(0)).sign()
+    got = run_attention(ours, problem, inputs, dtype, device)
+    for name, *results in zip(ATTENTION_NAMES, got, rival, exact, strict=False):
+        if name != "q":
+            assert_close_as_eager(*results, name)
 
 
 # ---- layouts

@@ -39,6 +39,33 @@ def test_compile_fullgraph(problem: Problem, backend: str, real_device: str):
         torch.testing.assert_close(compiled(*leaves), want)
 
 
+class TwoGrids(torch.nn.Module):
+    """As in every SAM: windows and whole images in one graph, each twice."""
+
+    grids = ((3, 4), (4, 3), (3, 4), (4, 3))
+
+    def __init__(self):
+        super().__init__()
+        self.tables = torch.nn.ParameterList([torch.randn(7, 8) for _ in range(2)])
+
+    def forward(self, x):
+        for grid in self.grids:
+            x = x + ours(x, x.sin(), x.cos(), *self.tables, grid, grid)
+            x = x + relpos_cuda.add_decomposed_rel_pos(x @ x.mT, x, *self.tables, grid, grid) @ x
+        return x
+
+
+@pytest.mark.parametrize("way", ["compile", "strict export", "export"])
+def test_several_grids_in_one_graph(way: str):
+    torch._dynamo.reset()
+    module, x = TwoGrids(), torch.randn(2, 1, 12, 8) / 8
+    if way == "compile":
+        traced = torch.compile(module, fullgraph=True, backend="aot_eager")
+    else:
+        traced = torch.export.export(module, (x,), strict="strict" in way).module()
+    torch.testing.assert_close(traced(x), module(x))
+
+
 @pytest.mark.parametrize("dynamic", [False, True, None])
 def test_compile_many_shapes(dynamic: bool | None):
     torch._dynamo.reset()

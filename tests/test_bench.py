@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_out_of_memory(monkeypatch: pytest.MonkeyPatch):
     """48 x 48 eager takes a GiB, ours nothing of the kind; each in a process of its own."""
     monkeypatch.setattr(lengths, "PEERS", {"cpu": ("ours", "eager, SAM")})
     said: list[str] = []
-    rows = lengths.measured("cpu", "float32", 0.5, 1e3, (4, 48), said.append)
+    rows = lengths.measured("cpu", "float32", 0.5, 1e9, (4, 48), said.append)
     assert len(said) == len(rows) == 2 * 2 * 2
     outcome = {(row["peer"], row["pass"]): row.get("outcome") for row in rows if row["side"] == 48}
     assert outcome["eager, SAM", "forward"] == outcome["eager, SAM", "forward + backward"] == "out of memory"

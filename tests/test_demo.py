@@ -16,7 +16,7 @@ from matplotlib.image import imread  # noqa: E402
 from transformers import SamVisionConfig, SamVisionModel  # noqa: E402
 
 from relpos_cuda import _race, demo  # noqa: E402
-from relpos_cuda.integrations import transformers as integration  # noqa: E402
+from relpos_cuda.integrations import common  # noqa: E402
 
 
 def numbers(printed: str, variant: str) -> list[list[float]]:
@@ -57,11 +57,11 @@ def check_quick_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "[1, 3, 256, 256] to [1, 256, 16, 16], float32, CPU" in printed and "one run" in printed
     assert str(path) in printed
 
-    stock, sdpa, patched = (numbers(printed, f"  {n} ") for n in (demo.STOCK, demo.SDPA, demo.PATCHED))
-    assert [len(stock), len(sdpa), len(patched)] == [2, 1, 2]  # the encoder, and the logits alone
+    stock, sdpa, accelerated = (numbers(printed, f"  {n} ") for n in (demo.STOCK, demo.SDPA, demo.OURS))
+    assert [len(stock), len(sdpa), len(accelerated)] == [2, 1, 2]  # the encoder, and the logits alone
     for seconds, _, speed_up, _, largest, relative in stock:
         assert seconds > 0 and (speed_up, largest, relative) == (1, 0, 0)
-    for row in (*sdpa, *patched):
+    for row in (*sdpa, *accelerated):
         assert row[0] > 0 and row[5] < 1e-4  # far from agreement looks different, see below
 
     picture = torch.from_numpy(imread(path))[..., :3]
@@ -81,14 +81,14 @@ def test_training_at_half_precision(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert demo.main([*command, "--output", str(tmp_path / "demo.png")]) == 0
     printed = capsys.readouterr().out
     assert "forward + backward" in printed and "bfloat16" in printed
-    assert len(numbers(printed, f"  {demo.PATCHED} ")) == 3
+    assert len(numbers(printed, f"  {demo.OURS} ")) == 3
 
 
 @pytest.mark.usefixtures("small")
 def test_a_wrong_result_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(integration, "rel_pos_attention", lambda q, k, v, *others, **more: v)
+    monkeypatch.setattr(common, "rel_pos_attention", lambda q, k, v, *others, **more: v)
     command = ["--size", "64", "--rounds", "1", "--device", "cpu"]
     assert demo.main([*command, "--output", str(tmp_path / "demo.png")]) == 1
     assert "differ" in capsys.readouterr().err

@@ -175,7 +175,8 @@ def test_pip_install(tmp_path: Path):
     origin, plan, package = done.stdout.split()
     assert origin == "prebuilt" and Path(plan).parent == installed / "_prebuilt"
     assert not list(installed.glob("benchmarks/results")) and not list(installed.glob("benchmarks/*probe*"))
-    measure = "bench --quick --parts ops --ops attention --cases sam_b_windows --rounds 1 --seconds 0.01".split()
+    only = "--parts ops --ops attention --cases sam_b_windows --rounds 1 --seconds 0.01"
+    measure = ["bench", "--quick", *only.split(" ")]
     command = [environment, "-m", "relpos_cuda", *measure]
     done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True)
     assert done.returncode == 0 and (tmp_path / "bench" / "bench.json").is_file(), done.stdout + done.stderr

@@ -17,13 +17,16 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs():
-    on_logits, whole = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    on_logits, whole, model = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     names: dict = {}
     exec(on_logits, names)
     expected = names["out"]
     exec(whole, names)
     assert names["out"].shape == (1, 12, 64 * 64, 64)
     torch.testing.assert_close(names["out"], expected)
+    with torch.device("meta"):  # as large as real ones
+        exec(model, names)
+    assert not any("forward" in vars(m) for m in names["model"].modules())
 
 
 def test_environment_table():

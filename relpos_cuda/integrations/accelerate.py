@@ -86,7 +86,8 @@ def put_on(module: nn.Module, adapter: Adapter) -> str | None:
     """Why not, if not."""
     if is_ours(module):
         return None
-    if "forward" in vars(module):
+    replaced = getattr(vars(module).get("forward"), "__func__", None)
+    if "forward" in vars(module) and replaced is not type(module).forward:  # which a saved and loaded model has
         return "something else has replaced its forward"
     if reason := adapter.refuses(module):
         return reason
