@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, fx
 
 from ..functional import rel_pos_attention
 
 Grid = tuple[int, ...]
+
+
+def is_traced(x: Tensor) -> bool:
+    """By torch.fx, as extractors of features do, which know the operations of the library and look for them."""
+    return isinstance(x, fx.Proxy)
 
 
 def attention_of_qkv(
