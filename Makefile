@@ -2,7 +2,8 @@
 # make build   compile the native libraries                 make format   lay out Python, C++ and CUDA
 # make test    run the tests                                make lint     check layout, style and types
 # make demo    a SAM encoder on a photograph                make clean    remove what these made
-# make test-all  the slow ones too: every planted bug, architecture, dtype and head dimension    make canaries  the bugs
+# make test-all           the slow ones too: every planted bug, architecture, dtype and head dimension
+# make test-integrations  models of other libraries, in an environment of their own
 #
 # Needs python3, g++ and make; nvcc too, to compile the CUDA kernels.
 
@@ -18,7 +19,7 @@ PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
-.PHONY: venv build test test-all canaries demo bench format lint clean
+.PHONY: venv build test test-all test-integrations canaries demo bench format lint clean
 
 # A PyTorch that python3 has already, as on most machines with a GPU, is used and not fetched again.
 $(BIN)/has-torch:
@@ -45,6 +46,18 @@ test: venv
 test-all: export RELPOS_TEST_EVERYTHING = 1
 test-all: test
 
+# The packages of the test environment, and those of other libraries: some of these break others' imports.
+OTHERS := .venv-integrations
+$(OTHERS)/has-packages: tests/integrations/requirements.txt $(BIN)/has-relpos_cuda
+	@echo "installing models of other libraries into $(OTHERS)"
+	@$(PYTHON) -m venv --clear $(OTHERS)
+	@$(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))' > "$$($(OTHERS)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/test-environment.pth"
+	@$(OTHERS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $<
+	@touch $@
+
+test-integrations: $(OTHERS)/has-packages
+	@$(OTHERS)/bin/python -m pytest --durations=5 tests/integrations $(ARGS)
+
 canaries: venv
 	RELPOS_TEST_EVERYTHING=1 $(PY) -m pytest tests/test_canaries.py
 
@@ -66,5 +79,5 @@ lint: venv
 	$(PY) -m mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) $(OTHERS) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
