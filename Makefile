@@ -50,7 +50,7 @@ test-all: test
 OTHERS := .venv-integrations
 $(OTHERS)/has-packages: tests/integrations/requirements.txt $(BIN)/has-relpos_cuda
 	@echo "installing models of other libraries into $(OTHERS)"
-	@$(PYTHON) -m venv --clear $(OTHERS)
+	@$(PYTHON) -m venv --clear $$(grep -q '^include-system.*true' $(VENV)/pyvenv.cfg && echo --system-site-packages) $(OTHERS)
 	@$(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))' > "$$($(OTHERS)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/test-environment.pth"
 	@$(OTHERS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $<
 	@touch $@

@@ -65,7 +65,7 @@ class AddDecomposedRelPos(torch.autograd.Function):
         return grad if needs_attn else None, d_q, d_table, None, None, None, None, None
 
 
-class RelPosAttention(torch.autograd.Function):
+class AttentionFunction(torch.autograd.Function):
     """``softmax(scale * q k^T + bias(q, table)) v`` and its log-sum-exp, which is None unless gradients are wanted."""
 
     @staticmethod
@@ -125,7 +125,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others: Any) -> T
     """The output alone; nothing is saved where no gradient can be asked for."""
     needs = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, table))
     needs = needs or torch._C._are_functorch_transforms_active()  # an outer transform's tensors do not say
-    out, _ = RelPosAttention.apply(q, k, v, table, *others, needs)
+    out, _ = AttentionFunction.apply(q, k, v, table, *others, needs)
     return out
 
 

@@ -1,0 +1,62 @@
+"""RelPosAttention, the module."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import relpos_cuda
+from stock import filled
+
+pytest.importorskip("transformers")
+
+from test_transformers import build  # noqa: E402
+
+
+def module(**changes: object) -> relpos_cuda.RelPosAttention:
+    torch.manual_seed(0)
+    return filled(relpos_cuda.RelPosAttention(**{"dim": 32, "num_heads": 2, "input_size": (5, 5)} | changes))
+
+
+@pytest.mark.parametrize("grid", [(5, 5), (3, 7)], ids=str)
+def test_it_is_the_attention_of_sam(grid: tuple[int, int]):
+    """The same state_dict, and the same numbers."""
+    sam, ours = build("sam", "SamVisionAttention", "SamVisionConfig", 0), module()
+    ours.load_state_dict(sam.state_dict())
+    x = torch.randn(2, *grid, 32)
+    torch.testing.assert_close(ours(x), sam(x)[0])
+    assert len(relpos_cuda.accelerate(ours).found) == 1, "nothing is left to be done"
+
+
+def test_every_parameter_learns_and_the_module_moves():
+    ours, x = module(qkv_bias=False), torch.randn(2, 4, 6, 32)
+    ours(x).square().sum().backward()
+    assert {n for n, p in ours.named_parameters() if p.grad is not None} == {
+        "qkv.weight", "proj.weight", "proj.bias", "rel_pos_h", "rel_pos_w",
+    }  # fmt: skip
+    half = copy.deepcopy(ours).to(torch.bfloat16)
+    torch.testing.assert_close(half(x.bfloat16()).float(), ours(x), rtol=0.05, atol=0.05)
+    assert "num_heads=2, tables for 5 x 5" in repr(ours)
+    assert relpos_cuda.RelPosAttention(8, 1, (2, 3), device="meta", dtype=torch.half).rel_pos_w.shape == (5, 8)
+
+
+def test_tables_start_at_zero():
+    fresh = relpos_cuda.RelPosAttention(8, 2, (3, 4))
+    assert fresh.rel_pos_h.shape == (5, 4) and fresh.rel_pos_w.shape == (7, 4)
+    assert not fresh.rel_pos_h.any() and not fresh.rel_pos_w.any()
+
+
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"num_heads": 3}, "dim must be a multiple of num_heads = 3, got 32"),
+        ({"num_heads": 0}, "dim must be a multiple of num_heads = 0, got 32"),
+        ({"input_size": (5,)}, r"input_size must be two positive numbers \(h, w\), got \(5,\)"),
+        ({"input_size": (5, 0)}, r"input_size must be two positive numbers \(h, w\), got \(5, 0\)"),
+    ],
+)
+def test_refusals(changes: dict, message: str):
+    with pytest.raises(ValueError, match=message):
+        module(**changes)
