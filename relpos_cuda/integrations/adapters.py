@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 # One module of this package per library; each has ADAPTERS, and imports nothing of the library.
-LIBRARIES = ("transformers", "sam_like", "timm", "torchvision")
+LIBRARIES = ("transformers", "sam_like", "timm", "torchvision", "mmpretrain", "monai", "detectron2")
 
 
 def never(module: nn.Module) -> None:

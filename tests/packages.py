@@ -1,0 +1,20 @@
+"""Packages of which a test wants one module, and not all that they import."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import pytest
+
+
+def bare(*names: str) -> None:
+    """Makes them empty packages, parents first, whose submodules are imported as usual."""
+    for name in names:
+        parent = name.rpartition(".")[0]
+        if parent:
+            pytest.importorskip(parent)
+        spec = importlib.util.find_spec(name)
+        if spec is None:
+            pytest.skip(f"could not find {name}")
+        sys.modules.setdefault(name, importlib.util.module_from_spec(spec))
