@@ -128,6 +128,10 @@ def add_decomposed_rel_pos(
     tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
     _checks.check_logits(attn, q, prefix + math.prod(q_grid), prefix + math.prod(k_grid))
+    if _for_onnx():
+        *of_t, of_h, of_w = (t.to(q.dtype) for t in tables_by_axis)
+        more = {"rel_pos_t": of_t[0] if of_t else None, "num_prefix_tokens": prefix, "inplace": inplace}
+        return reference.add_decomposed_rel_pos(attn, q, of_h, of_w, q_grid, k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
     if inplace and torch.compiler.is_compiling():  # functionalised anyway
@@ -190,6 +194,16 @@ def rel_pos_attention(
     k, v = (t.to(_checks.autocast_dtype(t)) for t in (k, v))
     for name, keys in (("k", k), ("v", v)):
         _checks.check_keys(name, keys, q, prefix + math.prod(k_grid))
+    if _for_onnx():
+        *of_t, of_h, of_w = (t.to(q.dtype) for t in tables_by_axis)
+        more = {"rel_pos_t": of_t[0] if of_t else None, "num_prefix_tokens": prefix, "scale": scale}
+        return reference.rel_pos_attention(q, k, v, of_h, of_w, q_grid, k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
     return attention(q, k, v, table, index, q_grid, k_grid, prefix, scale)
+
+
+def _for_onnx() -> bool:
+    """Exporters to ONNX know no op of ours, so they get the formula."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return traced and torch.onnx.is_in_onnx_export()

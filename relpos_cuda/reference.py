@@ -81,7 +81,7 @@ def rel_pos_attention(
     """``softmax(scale * q k^T + bias) v``; the bias is that of the unscaled ``q``."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     logits = add_decomposed_rel_pos(
-        (q * scale) @ k.mT,
+        (q * scale) @ k.transpose(-2, -1),
         q,
         rel_pos_h,
         rel_pos_w,

@@ -75,8 +75,8 @@ def one_to_one(q_size: Grid, k_size: Grid) -> bool:
     return host_lookup(q_size, k_size).one_to_one
 
 
-# ---- for torch.compile the index is a constant. It names one after the code that returned it, and refuses two of a name
-# in a graph: so there are many functions, and every pair of grids has one of its own.
+# ---- for torch.compile the index is a constant. It names one after the code that returned it, and refuses two of one
+# name in a graph: so there are many functions, and every pair of grids has one of its own.
 
 
 def _marked_constant(function: Callable[..., Any]) -> Callable[..., Any]:

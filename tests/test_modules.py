@@ -12,7 +12,7 @@ from stock import filled
 
 pytest.importorskip("transformers")
 
-from test_transformers import build  # noqa: E402
+from test_transformers import build
 
 
 def module(**changes: object) -> relpos_cuda.RelPosAttention:

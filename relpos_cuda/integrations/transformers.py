@@ -1,7 +1,7 @@
 """Transformers: SAM and its relatives, ViTDet and ViTMatte, SegGPT.
 
-Three shapes of one attention: classes that return ``(out, weights)`` whether asked or not (SAM's eager ones), those that
-return ``(out, None)`` (its sdpa ones), and those that return weights on demand (ViTDet, SegGPT).
+Three shapes of one attention: classes that return ``(out, weights)`` whether asked or not (SAM, eager), those that
+return ``(out, None)`` (SAM, sdpa), and those that return weights on demand (ViTDet, SegGPT).
 """
 
 from __future__ import annotations
