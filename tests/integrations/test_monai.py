@@ -11,11 +11,12 @@ from torch import Tensor, nn
 import relpos_cuda
 from stock import assert_stock_is_called, compare, count_calls, filled
 
+monai = pytest.importorskip("monai")
+
 
 def block(size: tuple[int, ...] = (5, 3), **more: Any) -> nn.Module:
-    module = pytest.importorskip("monai.networks.blocks.selfattention")
     torch.manual_seed(0)
-    block = module.SABlock(32, 2, input_size=size, **{"rel_pos_embedding": "decomposed", **more})
+    block = monai.networks.blocks.SABlock(32, 2, input_size=size, **{"rel_pos_embedding": "decomposed", **more})
     block.scale = 0.5  # not our default
     return filled(block)
 
