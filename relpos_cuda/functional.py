@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import _checks, reference, tables
+from ._sharded import is_sharded, on_shares
 from .autograd import AddDecomposedRelPos, attention
 
 
@@ -123,6 +125,11 @@ def add_decomposed_rel_pos(
     Source: the function of the same name in segment_anything, detectron2 and their descendants; with
     ``num_prefix_tokens=1`` and ``rel_pos_t``, the relative position of MViTv2.
     """
+    if is_sharded(q) or is_sharded(attn):
+        share = partial(add_decomposed_rel_pos, q_size=q_size, k_size=k_size, num_prefix_tokens=num_prefix_tokens)
+        named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w, "rel_pos_t": rel_pos_t}
+        out = on_shares(share, {"attn": attn, "q": q}, named)
+        return attn.copy_(out) if inplace else out
     q_grid, k_grid = _checks.check_grids(q_size, k_size, rel_pos_t)
     prefix = _checks.check_size("num_prefix_tokens", num_prefix_tokens, least=0)
     tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
@@ -186,6 +193,11 @@ def rel_pos_attention(
     Source: the attention of segment_anything's image encoder, of ViTDet and of MViTv2 (https://arxiv.org/abs/2112.01526)
     between their two Linear layers; no masks, no dropout.
     """
+    if is_sharded(q):
+        more = {"scale": scale, "num_prefix_tokens": num_prefix_tokens}
+        share = partial(rel_pos_attention, q_size=q_size, k_size=k_size, **more)
+        named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w, "rel_pos_t": rel_pos_t}
+        return on_shares(share, {"q": q, "k": k, "v": v}, named)
     q_grid, k_grid = _checks.check_grids(q_size, k_size, rel_pos_t)
     prefix = _checks.check_size("num_prefix_tokens", num_prefix_tokens, least=0)
     tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
