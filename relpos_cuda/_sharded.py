@@ -17,7 +17,7 @@ def is_sharded(x: Any) -> bool:
     return hasattr(x, "device_mesh") and hasattr(x, "placements")  # a DTensor, without importing torch.distributed
 
 
-def on_shares(function: Callable[..., Tensor], operands: dict[str, Tensor], tables: dict[str, Tensor | None]) -> Tensor:
+def on_shares(function: Callable[..., Tensor], operands: dict[str, Any], tables: dict[str, Any]) -> Tensor:
     """``function(**operands, **tables)`` on local tensors, and its result as a DTensor like the first operand.
 
     Raises:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -137,7 +138,7 @@ def add_decomposed_rel_pos(
     _checks.check_logits(attn, q, prefix + math.prod(q_grid), prefix + math.prod(k_grid))
     if _for_onnx():
         *of_t, of_h, of_w = (t.to(q.dtype) for t in tables_by_axis)
-        more = {"rel_pos_t": of_t[0] if of_t else None, "num_prefix_tokens": prefix, "inplace": inplace}
+        more: dict[str, Any] = {"rel_pos_t": of_t[0] if of_t else None, "num_prefix_tokens": prefix, "inplace": inplace}
         return reference.add_decomposed_rel_pos(attn, q, of_h, of_w, q_grid, k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
@@ -194,7 +195,7 @@ def rel_pos_attention(
     between their two Linear layers; no masks, no dropout.
     """
     if is_sharded(q):
-        more = {"scale": scale, "num_prefix_tokens": num_prefix_tokens}
+        more: dict[str, Any] = {"scale": scale, "num_prefix_tokens": num_prefix_tokens}
         share = partial(rel_pos_attention, q_size=q_size, k_size=k_size, **more)
         named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w, "rel_pos_t": rel_pos_t}
         return on_shares(share, {"q": q, "k": k, "v": v}, named)
@@ -217,5 +218,5 @@ def rel_pos_attention(
 
 def _for_onnx() -> bool:
     """Exporters to ONNX know no op of ours, so they get the formula."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return traced and torch.onnx.is_in_onnx_export()

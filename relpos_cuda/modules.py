@@ -48,9 +48,9 @@ class RelPosAttention(nn.Module):
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        for axis, size in zip("hw", input_size, strict=True):
-            table = torch.zeros(2 * size - 1, dim // num_heads, device=device, dtype=dtype)
-            self.register_parameter(f"rel_pos_{axis}", nn.Parameter(table))
+        self.rel_pos_h, self.rel_pos_w = (
+            nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads, device=device, dtype=dtype)) for size in input_size
+        )
 
     def extra_repr(self) -> str:
         sizes = " x ".join(str((len(table) + 1) // 2) for table in (self.rel_pos_h, self.rel_pos_w))
