@@ -56,7 +56,7 @@ $(OTHERS)/has-packages: tests/integrations/requirements.txt $(BIN)/has-relpos_cu
 	@touch $@
 
 test-integrations: $(OTHERS)/has-packages
-	@$(OTHERS)/bin/python -m pytest --durations=5 tests/integrations $(ARGS)
+	@OMP_NUM_THREADS=1 $(OTHERS)/bin/python -m pytest --durations=5 tests/test_transformers.py tests/integrations $(ARGS)
 
 canaries: venv
 	RELPOS_TEST_EVERYTHING=1 $(PY) -m pytest tests/test_canaries.py

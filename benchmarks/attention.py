@@ -4,7 +4,7 @@ Every peer gets q, k, v and the tables, and makes all else from them; its name i
 
     ours
     eager, SAM          softmax((scale * q k^T + rel_h) + rel_w) v, as segment_anything and its descendants write it
-    eager, HF           bias first, then one addition, softmax in float32, as transformers writes it
+    eager, HF           bias first, then one addition, softmax in float32, as transformers writes it; on a GPU
     compiled            eager, SAM under torch.compile
     sdpa, dense bias    scaled_dot_product_attention with the bias as its mask; on a GPU, one peer per backend
     flex                FlexAttention with rel_h and rel_w read by its score_mod; on a CPU it has no backward
@@ -122,11 +122,12 @@ def no_bias(x: Inputs) -> Tensor:
 
 
 def peers_of(case: Case, device: str, compiled: bool) -> list[Peer]:
-    peers = [peer(OURS, ours), peer("eager, SAM", eager_sam), peer("eager, HF", eager_hf)]
+    peers = [peer(OURS, ours), peer("eager, SAM", eager_sam)]
     less = {"gradients": ("q", "k", "v"), "note": "less work: no relative positions"}
     if device == "cuda":
         around = {name: partial(sdpa_kernel, backend) for name, backend in CUDA_BACKENDS.items()}
         peers += [
+            peer("eager, HF", eager_hf),  # costs a CPU what the other eager one costs
             peer("sdpa, dense bias, efficient", dense, around=around["efficient"]),
             peer("sdpa, dense bias, cudnn", dense, gradients=(), around=around["cudnn"]),
             *(peer(f"concat, {name}", concat, around=backend) for name, backend in around.items()),

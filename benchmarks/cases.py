@@ -69,8 +69,9 @@ CASES = {
         Case("mvitv2_stage3_cls", 32, 4, (14, 14), (14, 14), 96, prefix=1),
     )
 }
-ON_CPU = ("sam_b_global", "sam_b_windows", "mvitv2_stage1")  # what fits ten minutes of two cores
+ON_CPU = ("deepseek_ocr_768", "sam_b_windows", "mvitv2_stage1")  # what fits ten minutes of two cores
 QUICK = ("deepseek_ocr_768", "sam_b_windows")
+COMPILED_ON_GPU = ("sam_b_global", "sam_h_global", "sam_h_windows")  # torch.compile tries many kernels for each
 
 
 @dataclass(frozen=True)

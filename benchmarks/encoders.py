@@ -17,7 +17,7 @@ from .cases import DTYPES
 VIT_H = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16}
 VIT_H["global_attn_indexes"] = [7, 15, 23, 31]
 MODELS = {"SAM ViT-B": {}, "SAM ViT-H": VIT_H}
-ROUNDS = {"cpu": 2, "cuda": 10}
+ROUNDS = {"cpu": 1, "cuda": 10}
 
 
 def measured(device: str, dtypes: list[str], quick: bool, progress: Callable) -> list[dict]:

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from . import attention, encoders, lengths, logits, machine, optional, peers, protocol, report
-from .cases import CASES, DTYPES, ON_CPU, QUICK
+from .cases import CASES, COMPILED_ON_GPU, DTYPES, ON_CPU, QUICK
 from .progress import Progress
 
 Found = Iterator[dict[str, list[dict]]]  # more rows for each list of the file
@@ -67,10 +67,10 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "all"], help=f"(all; on a CPU: {' '.join(ON_CPU)})")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="(bfloat16 float16 float32; CPU: without float16)")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="(bfloat16; on a CPU: float32 bfloat16)")
     parser.add_argument("--passes", nargs="+", choices=protocol.PASSES, help="(all; on a CPU, not backward alone)")
-    parser.add_argument("--no-compile", action="store_true", help="leave out peers that torch.compile makes")
-    parser.add_argument("--seconds", type=float, help="of the rounds of one case (20)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, minutes of it")
+    parser.add_argument("--seconds", type=float, help="of the rounds of one case (2; 8 on a CPU)")
     parser.add_argument("--rounds", type=int, help="at least; default 3")
     parser.add_argument("--memory", type=float, help="GiB that a peer may take in `lengths` (a GPU's; 12 on a CPU)")
     parser.add_argument("--peers", type=Path, help="a folder with kernels of others (optional.py says which)")
@@ -84,14 +84,14 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     on_cpu, quick = options.device == "cpu", options.quick
     cases = QUICK if quick else ON_CPU if on_cpu else CASES
     options.cases = list(CASES) if options.cases == ["all"] else options.cases or list(cases)
-    dtypes = ["float32", "bfloat16"] if on_cpu else ["bfloat16", "float16", "float32"]
+    dtypes = ["float32", "bfloat16"] if on_cpu else ["bfloat16"]
     options.dtypes = options.dtypes or dtypes[: 1 if quick else None]
     options.passes = options.passes or [p for p in protocol.PASSES if not (on_cpu and p == protocol.BACKWARD)]
-    options.seconds = options.seconds or (2 if quick else 20)
+    options.seconds = options.seconds or (8 if on_cpu and not quick else 2)
     options.rounds = options.rounds or (2 if quick else 3)
     options.no_compile |= quick
     options.sides = (14, 28, 48, 64) if quick else lengths.SIDES
-    options.patience = 2.0 if quick else 20.0
+    options.patience = 2.0 if quick else 10.0
     total = 12.0 if on_cpu else torch.cuda.get_device_properties(0).total_memory / 2**30
     options.memory = options.memory or total
     return options
@@ -104,7 +104,8 @@ def run_ops(options: argparse.Namespace, progress: Progress) -> Found:
     effort = protocol.Effort(options.seconds, options.rounds, passes=tuple(options.passes))
     for op, case, dtype in itertools.product(options.ops, options.cases, options.dtypes):
         with peers.no_compiled_leftovers():
-            found = OPS[op].peers_of(CASES[case], options.device, not options.no_compile)
+            compiled = not options.no_compile and (options.device == "cpu" or case in COMPILED_ON_GPU)
+            found = OPS[op].peers_of(CASES[case], options.device, compiled)
             missing: peers.Refusals = {}
             if options.peers and op == "attention":
                 more, missing = optional.peers_of(options.peers, CASES[case])

@@ -13,8 +13,15 @@ import torch
 from torch import Tensor, nn
 
 import relpos_cuda
-from checks import assert_close_as_eager, assert_exact_as_float64, assert_vanishes
+from checks import assert_exact_as_float64, assert_vanishes, miss
 from relpos_cuda import functional
+from relpos_cuda.integrations.adapters import class_of_forward
+
+COMPARED: set[tuple[str, str, str]] = set()  # package, class, dtype of every comparison that has passed
+
+
+def package_of(module: nn.Module) -> str:
+    return class_of_forward(module).__module__.split(".")[0]
 
 
 class OnGrid(nn.Module):
@@ -68,10 +75,11 @@ def compare(
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
 ) -> relpos_cuda.Report:
-    """Stock and accelerated in ``dtype`` against stock in float64, all from the same numbers.
+    """Stock and accelerated against stock in float64, all from the same numbers.
 
-    Deep models are for float64: in less, their layers and poolings make of one rounding a random multiple of it, by
-    which even two stock models would differ.
+    In float64 every tensor is compared by itself, which proves the formula. In ``dtype`` precision is judged by the
+    mean over all tensors, at most twice that of stock: a layer has gradients of a few numbers each, summed over all
+    tokens, and which of two sums is nearer to the truth is luck.
 
     Args:
         make: The model, the same at every call; its tables filled.
@@ -91,14 +99,15 @@ def compare(
         got = run(ours, *inputs)
     assert calls == [modules if fused is None else fused], "the fused attention was not called by every module"
     assert exact.keys() == rival.keys() == got.keys()
-    for name in exact:
-        assert got[name].shape == exact[name].shape
-        if dtype == torch.float64:
+    assert {n: t.shape for n, t in got.items()} == {n: t.shape for n, t in exact.items()}
+    if dtype == torch.float64:
+        for name in exact:
             assert_exact_as_float64(got[name], exact[name], name)
-        elif is_zero(exact[name], exact):  # as the gradient of a bias of all keys
-            assert_vanishes(got[name], exact[name], list(exact.values()), name)
-        else:
-            assert_close_as_eager(got[name], rival[name], exact[name], name)
+    else:
+        compare(make, *(x.cpu() for x in inputs), modules=modules, fused=fused, dtype=torch.float64)
+        assert_as_precise(got, rival, exact)
+    if fused != 0:
+        COMPARED.update((package_of(ours.get_submodule(f.name)), f.kind, str(dtype)[6:]) for f in report.replaced)
     assert relpos_cuda.restore(ours) == modules
     again = run(ours, *inputs)
     assert all(torch.equal(again[name], rival[name]) for name in rival), "restored, every bit is stock's"
@@ -114,6 +123,24 @@ def assert_stock_is_called(theirs: nn.Module, ours: nn.Module, *inputs: Tensor) 
         got = run(ours, *inputs)
     assert calls == [0]
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
+
+
+def assert_as_precise(got: dict[str, Tensor], rival: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
+    """In the mean; and no tensor by itself far off."""
+    names = [name for name in exact if not is_zero(exact[name], exact)]
+    one_rounding = torch.finfo(got["output"].dtype).eps
+
+    def relative(found: dict[str, Tensor]) -> dict[str, float]:
+        return {name: miss(found[name], exact[name]) / exact[name].abs().max().item() for name in names}
+
+    ours, theirs = relative(got), relative(rival)
+    allowed = 2 * sum(theirs.values()) + len(names) * one_rounding
+    assert sum(ours.values()) <= allowed, f"{sum(ours.values()):.1e} in all, allowed {allowed:.1e}: {ours}"
+    for name in names:
+        allowed = 8 * (theirs[name] + one_rounding)
+        assert ours[name] <= allowed, f"{name} is off by {ours[name]:.1e}, allowed {allowed:.1e}"
+    for name in exact.keys() - set(names):  # as the gradient of a bias of all keys
+        assert_vanishes(got[name], exact[name], list(exact.values()), name)
 
 
 def is_zero(gradient: Tensor, others: dict[str, Tensor]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from pathlib import Path
@@ -41,6 +42,15 @@ def test_measured_rows_are_those_of_committed_results(monkeypatch: pytest.Monkey
     assert len(results) == len(report.COLUMNS)
     for op, result in zip(report.COLUMNS, results, strict=True):
         assert report.table(op, ROOT / result) in README
+
+
+def test_plots_are_those_of_committed_results():
+    plots = re.findall(r"!\[[^]]+\]\((docs/plots/\w+\.svg)\)", README)
+    assert {Path(plot).stem for plot in plots} == {path.stem for path in ROOT.glob("docs/plots/*.svg")} != set()
+    for plot in plots:
+        name, digest = re.search(r"drawn from (\S+), sha256 (\w+)", (ROOT / plot).read_text()).groups()
+        (result,) = ROOT.glob(f"benchmarks/results/*/{name}")
+        assert hashlib.sha256(result.read_bytes()).hexdigest() == digest
 
 
 @pytest.mark.parametrize("name", relpos_cuda.__all__)
