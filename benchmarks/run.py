@@ -67,7 +67,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "all"], help=f"(all; on a CPU: {' '.join(ON_CPU)})")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, help="(bfloat16; on a CPU: float32 bfloat16)")
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=DTYPES, help="(bfloat16; on a CPU: float32, and bfloat16 if it knows that)"
+    )
     parser.add_argument("--passes", nargs="+", choices=protocol.PASSES, help="(all; on a CPU, not backward alone)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, minutes of it")
     parser.add_argument("--seconds", type=float, help="of the rounds of one case (2; 8 on a CPU)")
@@ -84,8 +86,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     on_cpu, quick = options.device == "cpu", options.quick
     cases = QUICK if quick else ON_CPU if on_cpu else CASES
     options.cases = list(CASES) if options.cases == ["all"] else options.cases or list(cases)
-    dtypes = ["float32", "bfloat16"] if on_cpu else ["bfloat16"]
-    options.dtypes = options.dtypes or dtypes[: 1 if quick else None]
+    options.dtypes = options.dtypes or (dtypes_of_cpu()[: 1 if quick else 2] if on_cpu else ["bfloat16"])
     options.passes = options.passes or [p for p in protocol.PASSES if not (on_cpu and p == protocol.BACKWARD)]
     options.seconds = options.seconds or (8 if on_cpu and not quick else 2)
     options.rounds = options.rounds or (2 if quick else 3)
@@ -95,6 +96,12 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     total = 12.0 if on_cpu else torch.cuda.get_device_properties(0).total_memory / 2**30
     options.memory = options.memory or total
     return options
+
+
+def dtypes_of_cpu() -> list[str]:
+    """Without instructions for bfloat16, PyTorch takes minutes for what float32 does in a second."""
+    fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return ["float32", *(["bfloat16"] if fast else [])]
 
 
 # ---- the parts
