@@ -57,17 +57,19 @@ def _root() -> Path:
 # ---- in the process of a peer
 
 
-def rows_of(peer: str, device: str, dtype: str, patience: float, sides: list[int]) -> Iterator[dict]:
-    last: dict[str, tuple[int, float]] = {}  # pass: side and seconds
+def rows_of(peer: str, device: str, dtype: str, gibibytes: float, patience: float, sides: list[int]) -> Iterator[dict]:
+    """What would take too long is not run, unless it should take too much memory: then that is tried."""
+    last: dict[str, tuple[int, float, float]] = {}  # pass: side, seconds, GiB
     for side in sides:
         case = square(f"{side}x{side}", 1, HEADS, side, HEAD_DIM)
         found = {p.name: p for p in attention.peers_of(case, device, compiled=peer == "flex")}[peer]
         for direction in ("forward", "forward + backward"):
             row = {"pass": direction, "side": side}
             if direction in last:
-                before, seconds = last[direction]
-                if seconds * (side / before) ** 4 > patience:
-                    yield row | {"outcome": f"{OUT_OF_PATIENCE}: about {seconds * (side / before) ** 4:.0f} s"}
+                before, *costs = last[direction]
+                seconds, peak = (cost * (side / before) ** 4 for cost in costs)
+                if seconds > patience and peak <= gibibytes:
+                    yield row | {"outcome": f"{OUT_OF_PATIENCE}: about {seconds:.0f} s"}
                     continue
             try:
                 with found.around():
@@ -77,7 +79,7 @@ def rows_of(peer: str, device: str, dtype: str, patience: float, sides: list[int
                     raise
                 yield row | {"outcome": OUT_OF_MEMORY}
                 continue
-            last[direction] = (side, seconds)
+            last[direction] = (side, seconds, peak)
             yield row | {"milliseconds": float(f"{1e3 * seconds:.4g}"), "peak_bytes": round(2**30 * peak)}
 
 
@@ -114,7 +116,8 @@ def main(peer: str, device: str, dtype: str, gibibytes: str, patience: str, *sid
     if peer in found:
         cost(found[peer].on(draw(warm_up, DTYPES[dtype], device)), "forward + backward", device)
     limit_memory(device, float(gibibytes))
-    for row in rows_of(peer, device, dtype, float(patience), [int(side) for side in sides]):
+    limits = float(gibibytes), float(patience)
+    for row in rows_of(peer, device, dtype, *limits, [int(side) for side in sides]):
         print(json.dumps(row), flush=True)
 
 

@@ -36,7 +36,7 @@ def rates_line(result: dict) -> str:
 def _rates(rates: dict) -> str:
     products = ", ".join(f"{name} {gflops:.0f} GFLOP/s" for name, gflops in rates["gflops"].items())
     clock = f", SM clock {rates['sm_clock']}" if "sm_clock" in rates else ""
-    return f"copy {rates['gbytes']:.0f} GB/s, products {products}{clock}"
+    return f"memory {rates['gbytes']:.0f} GB/s, products {products}{clock}"
 
 
 def text_of(part: dict, result: dict) -> str:

@@ -149,7 +149,7 @@ def test_what_does_not_fit_is_out_of_memory(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_what_would_take_too_long_is_not_run():
-    rows = list(lengths.rows_of("ours", "cpu", "float32", 1e-6, [2, 4, 8]))
+    rows = list(lengths.rows_of("ours", "cpu", "float32", 1e3, 1e-6, [2, 4, 8]))
     assert [(row["side"], "outcome" in row) for row in rows] == [(n, n > 2) for n in (2, 2, 4, 4, 8, 8)]
     assert re.fullmatch(r"not run: about \d+ s", rows[-1]["outcome"])
 
@@ -240,7 +240,7 @@ def test_one_command_gives_tables_file_and_plots(tmp_path: Path, capsys: pytest.
         (op, case) for op in OPS for case in ("square", "with_cls")
     }
     assert len(result["rates"]) == 2 and result["about"]["versions"]["torch"] == torch.__version__
-    assert "before: copy" in printed and "after: copy" in printed and "attention, square: 4 x 6x6, D 16" in printed
+    assert "before: memory" in printed and "after: memory" in printed and "attention, square: 4 x 6x6, D 16" in printed
     for row in result["rows"]:
         assert re.search(rf"{re.escape(row['pass'])} +{re.escape(row['peer'])} +{row['milliseconds']:.4g} ", printed), (
             row

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from ..functional import rel_pos_attention
 
@@ -29,3 +30,20 @@ def attention_of_qkv(
     else:
         out = rel_pos_attention(q, k, v, *tables, (height, width), (height, width), scale=scale)
     return out.transpose(1, 2).reshape(batch, height, width, -1)
+
+
+def pooled(
+    x: Tensor,  # [B, heads, prefix + H * W, D]
+    pool: nn.Module | None,
+    norm: nn.Module | None,
+    size: Grid,  # (H, W)
+    prefix: int = 0,
+) -> tuple[Tensor, Grid]:
+    """MViTv2's: the grid pooled behind its class token, everything normalised; and the new size of the grid."""
+    if pool is not None:
+        token, grid = x[:, :, :prefix], x[:, :, prefix:]
+        image = pool(grid.flatten(0, 1).transpose(1, 2).unflatten(2, tuple(size)).contiguous())
+        size = image.shape[2:]
+        grid = image.flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
+        x = torch.cat((token, grid), dim=2) if prefix else grid
+    return x if norm is None else norm(x), size

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..functional import rel_pos_attention
 from . import sam_like
 from .adapters import Adapter
-from .common import Grid
+from .common import Grid, pooled
 
 
 def mvit(self: Any, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
@@ -24,17 +24,6 @@ def mvit(self: Any, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
     if self.residual_pooling:
         out = out + q
     return self.proj(out.transpose(1, 2).flatten(2)), q_size
-
-
-def pooled(
-    x: Tensor,  # [B, heads, H * W, D]
-    pool: nn.Module,
-    norm: nn.Module,
-    size: Grid,  # (H, W)
-) -> tuple[Tensor, Grid]:
-    """The grid pooled and normalised, and its new size."""
-    image = pool(x.flatten(0, 1).transpose(1, 2).unflatten(2, size).contiguous())
-    return norm(image.flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])), image.shape[2:]
 
 
 def has_none(module: Any) -> str | None:

@@ -6,17 +6,13 @@ on a larger one (which an odd grid is, once pooled) it raises IndexError. Both a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..functional import rel_pos_attention
 from .adapters import Adapter, stock
-from .common import is_traced
-
-Size = Sequence[int]
+from .common import Grid, is_traced, pooled
 
 
 def sam(self: Any, x: Tensor) -> Tensor:
@@ -36,7 +32,7 @@ def weights_are_wanted(dropout: Any, training: bool) -> bool:
     return bool((training or dropout.training) and dropout.p)
 
 
-def mvit(self: Any, x: Tensor, feat_size: Size) -> tuple[Tensor, Size]:
+def mvit(self: Any, x: Tensor, feat_size: Grid) -> tuple[Tensor, Grid | list[int]]:
     if is_traced(x):
         return stock(self, x, feat_size)
     prefix = int(self.has_cls_token)
@@ -52,24 +48,7 @@ def mvit(self: Any, x: Tensor, feat_size: Size) -> tuple[Tensor, Size]:
     out = rel_pos_attention(q, k, v, *tables, q_size, k_size, scale=self.scale, num_prefix_tokens=prefix)
     if self.residual_pooling:
         out = out + q
-    return self.proj(out.transpose(1, 2).flatten(2)), q_size
-
-
-def pooled(
-    x: Tensor,  # [B, heads, prefix + H * W, D]
-    pool: nn.Module | None,
-    norm: nn.Module | None,
-    size: Size,  # (H, W)
-    prefix: int,
-) -> tuple[Tensor, Size]:
-    """The grid pooled behind its class token, everything normalised; and the size of the grid."""
-    if pool is not None:
-        token, grid = x[:, :, :prefix], x[:, :, prefix:]
-        image = pool(grid.flatten(0, 1).transpose(1, 2).unflatten(2, tuple(size)).contiguous())
-        size = list(image.shape[2:])
-        grid = image.flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
-        x = torch.cat((token, grid), dim=2) if prefix else grid
-    return x if norm is None else norm(x), size
+    return self.proj(out.transpose(1, 2).flatten(2)), q_size if self.pool_q is None else list(q_size)
 
 
 def has_none(module: Any) -> str | None:
