@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from benchmarks import attention, cases, correctness, floors, lengths, logits, optional, protocol, report, run
+from benchmarks import attention, cases, correctness, encoders, floors, lengths, logits, optional, protocol, report, run
 from benchmarks.cases import Case, square
 from benchmarks.peers import Peer
 
@@ -216,6 +216,45 @@ def test_kernels_of_others_are_called_as_their_libraries_call_them(tmp_path: Pat
     refused = optional.peers_of(tmp_path, square("one_image", 1, 1, 64, 64))[1]
     assert refused["segment-anything-fast"].startswith("with D 64, one image")
     assert len(optional.peers_of(tmp_path / "nothing", case)[1]) == 3
+
+
+# ---- encoders
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_encoders(quick: bool, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    from test_demo import small_encoder
+
+    monkeypatch.setattr(encoders.demo, "_empty_model", small_encoder)
+    rows = encoders.measured("cpu", ["float32"], quick, progress=lambda what: None)
+    sides = (256, 256) if quick else (1024, 512)
+    assert [(row["model"], row["pass"], row["variant"]) for row in rows] == [
+        (f"SAM ViT-B, {side} pixels", name, variant)
+        for side, name in zip(sides, encoders.PASSES, strict=True)
+        for variant in (encoders.STOCK, encoders.SDPA, encoders.OURS)
+    ]
+    assert all(row["milliseconds"] > 0 and row["error"] < 1e-5 for row in rows)
+    assert "SAM ViT-B, 256 pixels, inference" in report.text_of({"encoders": rows}, {"rates": [None]}) or not quick
+
+
+def test_an_encoder_of_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch):
+    def missing(*shape: object) -> None:
+        raise ImportError("No module named 'torchvision'")
+
+    monkeypatch.setattr(encoders, "MODELS", {"SAM ViT-B": missing})
+    rows = encoders.measured("cpu", ["float32"], True, progress=lambda what: None)
+    assert [row["variant"] for row in rows] == ["No module named 'torchvision'"] * 2
+    assert "No module named" in report.text_of({"encoders": rows}, {"rates": [None]})
+
+
+@pytest.mark.slow
+def test_the_vitdet_of_the_benchmark():
+    pytest.importorskip("transformers")
+    variants, pixels = encoders.vitdet(64, "cpu", torch.float32)
+    for run_pass in encoders.PASSES.values():
+        stock, ours = (step() for step in encoders.steps_of(variants, run_pass, pixels).values())
+        torch.testing.assert_close(ours, stock, rtol=1e-3, atol=1e-4)
 
 
 # ---- the command

@@ -25,19 +25,20 @@ def numbers(printed: str, variant: str) -> list[list[float]]:
     return [[float(cell.rstrip("x%")) for cell in row] for row in rows]
 
 
+def small_encoder(size: int, implementation: str, **config: object) -> torch.nn.Module:
+    """Done in no time."""
+    config = SamVisionConfig(
+        image_size=size, attn_implementation=implementation, hidden_size=64, mlp_dim=64,
+        num_hidden_layers=3, num_attention_heads=2, window_size=4, global_attn_indexes=[2],
+    )  # fmt: skip
+    with torch.device("meta"):
+        return SamVisionModel(config)
+
+
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An encoder that is done in no time, in the place of ViT-B."""
-
-    def empty_model(size: int, implementation: str, **config: object) -> torch.nn.Module:
-        config = SamVisionConfig(
-            image_size=size, attn_implementation=implementation, hidden_size=64, mlp_dim=64,
-            num_hidden_layers=3, num_attention_heads=2, window_size=4, global_attn_indexes=[2],
-        )  # fmt: skip
-        with torch.device("meta"):
-            return SamVisionModel(config)
-
-    monkeypatch.setattr(demo, "_empty_model", empty_model)
+    """An encoder in the place of ViT-B."""
+    monkeypatch.setattr(demo, "_empty_model", small_encoder)
 
 
 @pytest.mark.slow
