@@ -17,6 +17,7 @@
 #
 #   OUT/log.txt        info, build, probe, sanitize      OUT/bench.txt   OUT/profile.txt   OUT/summary.json:
 #   OUT/tests.txt      OUT/tests.xml                     OUT/bench.json  OUT/profile.csv   exit code, seconds, ...
+#                                                        OUT/*.svg
 #
 # Variables: OUT (default benchmarks/results/<gpu>/<date>-<commit>), PYTHON (python3), BUDGET (seconds for all steps
 # together; none), COMMIT (what git says), BENCH_ARGS and TEST_ARGS (more arguments of the two).
@@ -26,8 +27,8 @@ set -uo pipefail
 
 STEPS="info build probe tests sanitize bench profile"
 # Tests of builds, packaging and the emulator: the CPU's business, minutes of it.
-CPU_TESTS="build canaries cute demo gpu_run install isa loader readme sanitizers sass sass_probe simt simt_races simt_sm90
-  toolchain"
+CPU_TESTS="bench build canaries cute demo distributed gpu_run install isa loader modules readme sanitizers sass
+  sass_probe simt simt_races simt_sm90 toolchain"
 
 limit_of() {
   case $1 in

@@ -102,6 +102,20 @@ def test_before_and_after_compile():
     torch._dynamo.reset()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_cuda_graph():
+    x, model = images(40, 40).cuda().half(), sam().cuda().half()
+    relpos_cuda.accelerate(model)
+    with torch.no_grad():
+        eager = model(x).last_hidden_state.clone()  # libraries, indices on the device
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = model(x).last_hidden_state
+        captured.zero_()
+        graph.replay()
+    assert torch.equal(captured, eager)
+
+
 def test_saved_and_copied_models():
     model = sam()
     relpos_cuda.accelerate(model)
