@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-import types
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,6 @@ import torch
 import relpos_cuda
 from checks import assert_close_as_eager
 from relpos_cuda import reference
-from relpos_cuda.integrations import transformers as integration
 
 GOLDEN = Path(__file__).parent / "golden"
 FILES = {path.stem: path for path in sorted(GOLDEN.glob("*.npz"))}
@@ -169,30 +165,10 @@ def test_the_file_of_the_encoder_is_read_as_it_was_written():
         assert_close_as_eager(arrays[key], value, exact[key], key)
 
 
-def compare_encoder(change: Callable[[torch.nn.Module], object], device: str) -> None:
+def test_encoder_accelerated(device: str):
     arrays, meta = load(ENCODER)
     exact = run_encoder(encoder_as_shipped(arrays, meta), arrays, torch.float64)
     model = encoder_as_shipped(arrays, meta)
-    change(model)
+    assert len(relpos_cuda.accelerate(model).replaced) == len(model.layers)
     for key, value in run_encoder(model, arrays, torch.float32, device).items():
         assert_close_as_eager(value, arrays[key], exact[key], key)
-
-
-def test_encoder_patched(device: str):
-    compare_encoder(integration.patch, device)
-
-
-def test_encoder_on_the_attention_op(device: str):
-    def use_the_op(model: torch.nn.Module) -> None:
-        for layer in model.layers:
-            layer.attn.forward = types.MethodType(on_the_attention_op, layer.attn)
-
-    compare_encoder(use_the_op, device)
-
-
-def on_the_attention_op(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
-    batch, *grid, _ = hidden_states.shape
-    qkv = self.qkv(hidden_states).reshape(batch, math.prod(grid), 3, self.num_attention_heads, -1)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    out = relpos_cuda.rel_pos_attention(q, k, v, self.rel_pos_h, self.rel_pos_w, grid, grid, scale=self.scale)
-    return self.proj(out.transpose(1, 2).reshape(hidden_states.shape)), None
