@@ -100,7 +100,8 @@ def over_length(result: dict, quantity: str, unit: str, value: Callable[[dict], 
             failed = [row for row in of_peer if row.get("outcome") == "out of memory"]
             if failed and done:
                 axis.plot(x[-1], y[-1], "x", color=color_of(peer), markersize=14, markeredgewidth=2)
-                axis.annotate(f"out of memory at {failed[0]['side']}²", (x[-1], y[-1]), (4, -14), fontsize=8,
+                below = -14 - 11 * len(axis.texts)  # the others'
+                axis.annotate(f"out of memory at {failed[0]['side']}²", (x[-1], y[-1]), (4, below), fontsize=8,
                               textcoords="offset points", color=color_of(peer))  # fmt: skip
         axis.set(xscale="log", yscale="log", title=direction, xlabel="tokens", ylabel=f"{quantity}, {unit}")
         sides = sorted({row["side"] for row in rows})

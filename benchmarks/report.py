@@ -152,5 +152,14 @@ def table(op: str, result: Path) -> str:
     return "\n".join(lines)
 
 
+def encoders_table(result: Path) -> str:
+    lines = ["| encoder | pass | variant | seconds | speed-up | peak memory |", "|---|---|---|---|---|---|"]
+    for row in json.loads(result.read_text())["encoders"]:
+        cells = (row["model"], f"{row['pass']}, {row['dtype']}", row["variant"], f"{row['milliseconds'] / 1e3:.1f}")
+        lines.append(f"| {' | '.join(cells)} | {row['speed_up']:.2f} x | {row['peak_bytes'] / 2**20:.0f} MiB |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1], Path(sys.argv[2])))
+    what, file = sys.argv[1], Path(sys.argv[2])
+    print(encoders_table(file) if what == "encoders" else table(what, file))

@@ -42,6 +42,10 @@ def test_measured_rows_are_those_of_committed_results(monkeypatch: pytest.Monkey
     assert len(results) == len(report.COLUMNS)
     for op, result in zip(report.COLUMNS, results, strict=True):
         assert report.table(op, ROOT / result) in README
+    (result,) = re.findall(
+        r"\[all rows with their quartiles, memory and errors\]\((benchmarks/results/.*?\.json)\)", README
+    )
+    assert report.table("attention", ROOT / result) in README and report.encoders_table(ROOT / result) in README
 
 
 def test_plots_are_those_of_committed_results():
