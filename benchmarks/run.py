@@ -62,8 +62,8 @@ def is_ours(row: dict) -> bool:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m relpos_cuda bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="within a minute: two shapes, one dtype, nothing compiled")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="about a minute: one layer, one dtype, nothing compiled")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="(all; with --quick, no encoders)")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "all"], help=f"(all; on a CPU: {' '.join(ON_CPU)})")
@@ -88,11 +88,12 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.cases = list(CASES) if options.cases == ["all"] else options.cases or list(cases)
     options.dtypes = options.dtypes or (dtypes_of_cpu()[: 1 if quick else 2] if on_cpu else ["bfloat16"])
     options.passes = options.passes or [p for p in protocol.PASSES if not (on_cpu and p == protocol.BACKWARD)]
-    options.seconds = options.seconds or (8 if on_cpu and not quick else 2)
+    options.seconds = options.seconds or (1 if quick else 8 if on_cpu else 2)
     options.rounds = options.rounds or (2 if quick else 3)
     options.no_compile |= quick
-    options.sides = (14, 28, 48, 64) if quick else lengths.SIDES
-    options.patience = 2.0 if quick else 10.0
+    options.parts = options.parts or PARTS[: 2 if quick else 3]
+    options.sides = (14, 28) if quick else lengths.SIDES
+    options.patience = 1.0 if quick else 10.0
     total = 12.0 if on_cpu else torch.cuda.get_device_properties(0).total_memory / 2**30
     options.memory = options.memory or total
     return options
