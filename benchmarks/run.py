@@ -62,8 +62,8 @@ def is_ours(row: dict) -> bool:
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m relpos_cuda bench", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--quick", action="store_true", help="about a minute: one layer, one dtype, nothing compiled")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, help="(all; with --quick, no encoders)")
+    parser.add_argument("--quick", action="store_true", help="within a minute: one layer, one dtype, nothing compiled")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="(all; with --quick, ops)")
     parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cases", nargs="+", choices=[*CASES, "all"], help=f"(all; on a CPU: {' '.join(ON_CPU)})")
@@ -91,7 +91,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.seconds = options.seconds or (1 if quick else 8 if on_cpu else 2)
     options.rounds = options.rounds or (2 if quick else 3)
     options.no_compile |= quick
-    options.parts = options.parts or PARTS[: 2 if quick else 3]
+    options.parts = options.parts or PARTS[: 1 if quick else 3]
     options.sides = (14, 28) if quick else lengths.SIDES
     options.patience = 1.0 if quick else 10.0
     total = 12.0 if on_cpu else torch.cuda.get_device_properties(0).total_memory / 2**30
