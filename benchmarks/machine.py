@@ -15,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+import relpos_cuda
+
 from .cases import DTYPES
 
 COPIED = {"cpu": 256 << 20, "cuda": 2 << 30}  # bytes
@@ -24,7 +26,7 @@ SAMPLES = 5
 
 def about(device: str) -> dict:
     versions = {"python": platform.python_version(), "torch": torch.__version__}
-    versions |= {"relpos_cuda": importlib.metadata.version("relpos_cuda")}
+    versions |= {"relpos_cuda": relpos_cuda.__version__}
     described = {"date": str(datetime.date.today()), "commit": commit(), "versions": versions, "kind": device}
     if device == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
