@@ -101,7 +101,7 @@ step_tests() {
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
   fi
   # shellcheck disable=SC2086  # several arguments
-  try "$PYTHON" -m pytest tests "${options[@]}" ${TEST_ARGS:-}
+  try "$PYTHON" -m pytest "${options[@]}" ${TEST_ARGS:-}
 }
 
 step_sanitize() {
@@ -232,7 +232,7 @@ fi
 slug=$(echo "$DEVICE" | tr '[:upper:]' '[:lower:]' | tr -cs 'a-z0-9' '-' | sed 's/^-*//; s/-*$//')
 OUT=${OUT:-$ROOT/benchmarks/results/$slug/$(date +%Y-%m-%d)-$COMMIT}
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 1
-export OUT
+export OUT COMMIT
 
 echo "$DEVICE, driver $DRIVER, torch $TORCH, commit $COMMIT; results in $OUT"
 write_summary || exit 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib.metadata
+import os
 import platform
 import statistics
 import subprocess
@@ -39,7 +40,9 @@ def about(device: str) -> dict:
 
 
 def commit() -> str:
-    """With a mark, if what is measured differs from it."""
+    """With a mark, if what is measured differs from it; gpu_run.sh says it where the history is not at hand."""
+    if named := os.environ.get("COMMIT"):
+        return named
     git = ["git", "-C", str(Path(__file__).parent)]
     changed = said_by(*git, "status", "--porcelain", "-uno", "--", "../csrc", "../relpos_cuda", ".")
     return (said_by(*git, "rev-parse", "--short", "HEAD") or "unknown") + ("-dirty" if changed else "")

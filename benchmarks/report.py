@@ -132,7 +132,10 @@ def aligned(table: Table) -> Iterable[str]:
 # What ours is compared with, as the heading shows it; those that a file lacks are left out.
 COLUMNS = {
     "logits": ("eager", "eager, in place", "compiled", "bare `add_(1)`"),
-    "attention": ("sdpa, dense bias", "eager", "eager, SAM", "compiled", "flex", "concat", "sdpa, no bias"),
+    "attention": (
+        *("sdpa, dense bias", "sdpa, dense bias, efficient", "eager", "eager, SAM", "eager, HF", "compiled", "flex"),
+        *("concat", "concat, cudnn", "sdpa, no bias", "sdpa, no bias, flash", "sdpa, no bias, cudnn"),
+    ),
 }
 
 
@@ -147,7 +150,10 @@ def table(op: str, result: Path) -> str:
         times = {(row["pass"], row["peer"]): row["milliseconds"] for row in some}
         for direction in ("forward", "forward + backward"):
             ours, *others = (times.get((direction, name.replace("`", ""))) for name in (OURS[op], *columns))
-            cells = [f"{ours:.1f} ms", *(f"{time / ours:.1f} x" if time else "" for time in others)]
+            cells = [
+                f"{ours:.1f} ms" if ours >= 5 else f"{ours:.3f} ms",
+                *(f"{time / ours:.1f} x" if time else "" for time in others),
+            ]
             lines.append(f"| {' | '.join((*key, direction, *cells))} |")
     return "\n".join(lines)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from pathlib import Path
@@ -13,8 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 # torchvision from PyPI is built for CUDA and looks for operators of its own, which a CPU build of PyTorch cannot load.
-_STAND_IN = torch.library.Library("torchvision", "FRAGMENT")
-with contextlib.suppress(RuntimeError):  # the real ones are there
+if torch.version.cuda is None:
+    _STAND_IN = torch.library.Library("torchvision", "FRAGMENT")
     _STAND_IN.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _STAND_IN.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
