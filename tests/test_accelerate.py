@@ -189,5 +189,5 @@ def test_wrapped_models(wrapper: str, wrap_first: bool):
     assert calls == [LAYERS]
     for name, value in got.items():
         value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        torch.testing.assert_close(value, expected[name.replace("module.", "")], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(value.cpu(), expected[name.replace("module.", "")], rtol=1e-4, atol=1e-5)
     assert relpos_cuda.restore(model) == LAYERS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 
 import pytest
 import torch
@@ -203,7 +203,9 @@ def test_autocast_and_checkpointing():
 def test_the_classes_are_those_of_the_library():
     """Every name of the adapter is a class with a forward of its own; every such class has a name there."""
     named = {name for a in adapter.ADAPTERS for name in a.classes}
-    models = {name.split(".")[2] for name in named}
+    models = {name.split(".")[2] for name in named}  # an older release lacks some
+    models = {model for model in models if importlib.util.find_spec(f"transformers.models.{model}")}
+    named = {name for name in named if name.split(".")[2] in models}
     there = set()
     for model in models:
         module = importlib.import_module(f"transformers.models.{model}.modeling_{model}")
