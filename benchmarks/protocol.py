@@ -12,6 +12,7 @@ no call finds its own in the cache.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -102,10 +103,10 @@ class Task:
         torch.cuda.current_stream().wait_stream(stream)
 
 
-def _pool(cache: list[Any] = []) -> Any:  # noqa: B006  # one for all: graphs are replayed one at a time
-    if not cache:
-        cache.append(torch.cuda.graph_pool_handle())
-    return cache[0]
+@functools.cache
+def _pool() -> Any:
+    """One for all: graphs are replayed one at a time."""
+    return torch.cuda.graph_pool_handle()
 
 
 def synchronize(device: str) -> None:

@@ -137,9 +137,8 @@ def add_decomposed_rel_pos(
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
     _checks.check_logits(attn, q, prefix + math.prod(q_grid), prefix + math.prod(k_grid))
     if _for_onnx():
-        *of_t, of_h, of_w = (t.to(q.dtype) for t in tables_by_axis)
-        more: dict[str, Any] = {"rel_pos_t": of_t[0] if of_t else None, "num_prefix_tokens": prefix, "inplace": inplace}
-        return reference.add_decomposed_rel_pos(attn, q, of_h, of_w, q_grid, k_grid, **more)
+        more = _named(tables_by_axis, q) | {"num_prefix_tokens": prefix, "inplace": inplace}
+        return reference.add_decomposed_rel_pos(attn, q, q_size=q_grid, k_size=k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
     if inplace and torch.compiler.is_compiling():  # functionalised anyway
@@ -208,12 +207,17 @@ def rel_pos_attention(
     for name, keys in (("k", k), ("v", v)):
         _checks.check_keys(name, keys, q, prefix + math.prod(k_grid))
     if _for_onnx():
-        *of_t, of_h, of_w = (t.to(q.dtype) for t in tables_by_axis)
-        more = {"rel_pos_t": of_t[0] if of_t else None, "num_prefix_tokens": prefix, "scale": scale}
-        return reference.rel_pos_attention(q, k, v, of_h, of_w, q_grid, k_grid, **more)
+        more = _named(tables_by_axis, q) | {"num_prefix_tokens": prefix, "scale": scale}
+        return reference.rel_pos_attention(q, k, v, q_size=q_grid, k_size=k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
     return attention(q, k, v, table, index, q_grid, k_grid, prefix, scale)
+
+
+def _named(tables_by_axis: list[Tensor], q: Tensor) -> dict[str, Any]:
+    """As the formulas take them, which mix no dtypes."""
+    *of_t, of_h, of_w = (t.to(q.dtype) for t in tables_by_axis)
+    return {"rel_pos_h": of_h, "rel_pos_w": of_w, "rel_pos_t": of_t[0] if of_t else None}
 
 
 def _for_onnx() -> bool:
