@@ -85,11 +85,15 @@ struct AttentionParams {
 };
 
 struct AttentionFwdParams : AttentionParams {
+  AttentionFwdShared at;
   OutRows out;
   float* lse = nullptr;  // [groups, M] or null
 };
 
 struct AttentionBwdParams : AttentionParams {
+  AttentionBwdQueriesShared at_queries;  // each kernel has its own
+  AttentionBwdKeysShared at_keys;
+  AttentionBwdWindowShared at_window;
   InRows grad, out;
   const float* lse = nullptr;  // [groups, M]
   OutRows dq, dk, dv;          // data may be null

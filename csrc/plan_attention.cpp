@@ -67,6 +67,7 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
   const int line_blocks = t.columns / 8;
   t.lines = t.one_line ? 1 : t.blocks / line_blocks;
   t.padded_lines = round_up(s.outer_keys(), t.lines);
+  t.tiles = t.padded_lines / t.lines;
   t.class_tiles = ceil_div(s.prefix, t.keys());
   t.staged = std::max(t.keys() + kInnerPad, s.axis[kT].factors() + s.axis[kH].factors());
   for (int j = 0; j < kMaxKeyBlocks; ++j) {
@@ -95,12 +96,13 @@ AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, 
   const bool forward = kernel == AttentionKernel::kForward, of_keys = kernel == AttentionKernel::kBackwardKeys;
   const int64_t rows = of_keys ? KeySlots(s).count(s) : s.M();
   const SharedLimits limits = shared_limits(arch);
-  // Where an SM holds as many warps either way: forward, two small blocks, for one works while the other waits;
-  // backward, one large block, whose warps share what passes.
+  // Where an SM holds as many warps either way: two small blocks, for one works while the other waits; but one large
+  // block of the queries of the backward, whose warps are to share what passes.
   int most_resident = 0;
   int64_t least_shared = 0;
-  for (const int warps : {forward ? 4 : 8, forward ? 8 : 4, 2, 1}) {
-    const int block_rows = warps * 16 * (forward ? strips_of(bytes, D) : 1);
+  const bool small = forward || of_keys;
+  for (const int warps : {small ? 4 : 8, small ? 8 : 4, 2, 1}) {
+    const int block_rows = warps * 16 * (small ? strips_of(bytes, D) : 1);
     const int64_t shared = forward   ? attention_fwd_shared(s, plan.keys, block_rows, D, bytes).total
                            : of_keys ? attention_bwd_keys_shared(s, block_rows, D, bytes).total
                                      : attention_bwd_queries_shared(s, plan.keys, block_rows, D, bytes).total;

@@ -22,6 +22,7 @@ struct KeyTiling {
   int blocks = 0;         // per tile
   bool one_line = false;  // per tile
   int lines = 0;          // per tile
+  int tiles = 0;          // of a span
   int columns = 0;        // of a span, a multiple of 8
   int spans = 0;
   int line_of[kMaxKeyBlocks] = {}, column_of[kMaxKeyBlocks] = {};  // of every block; unused ones are past the span
@@ -49,20 +50,27 @@ constexpr int kernel_head_dim(int D, int bytes) {
 // Blocks of keys at most in a tile of a kernel; float32 takes more registers per block.
 constexpr int most_key_blocks(int bytes, int D) { return bytes == 2 ? kMaxKeyBlocks : D <= 80 ? 4 : 2; }
 
-// Strips of 16 queries that a warp of the forward takes: two share the keys they read.
+// Strips of 16 rows that stay with a warp, of the forward or of the keys: two share what passes.
 constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 80 ? 2 : 1; }
 
 // Where a block of queries, or of slots of keys, works: first .. first + count - 1 of one group.
 struct BlockPlace {
   int group, batch, head, first, count;
 };
+// Where a row of a tile of keys comes from: a line of the tile, and a token of the group if the tile is the first.
+struct KeyRow {
+  int line, token;
+};
 // A part of the keys: columns first .. first + columns - 1 of every line; or class tokens, up to a tile of them.
 struct Span {
+  const void *k, *v;  // of the group
   bool of_lines;
-  int first, columns, tiles;
+  int number, first, columns, tiles;
+  int line_factors;  // those of its first tile begin there
+  KeyRow rows[kMaxKeyBlocks * 8];
 };
 // Both live in shared memory: in registers they would be in the way of the products for as long as they last.
-constexpr int64_t kPlaceBytes = 32, kSpanBytes = 16;
+constexpr int64_t kPlaceBytes = 32, kSpanBytes = 560;
 static_assert(sizeof(BlockPlace) <= kPlaceBytes && sizeof(Span) <= kSpanBytes);
 
 // Elements from one row of a tile in shared memory to the next.
@@ -78,27 +86,30 @@ struct Coordinates {  // of a query; -1: it has no bias
 // Line factors: those of the lines, -inf for those that fill the last tile, and a tile of zeros for class tokens.
 RELPOS_HD inline int64_t line_factors(const KeyTiling& tiling) { return tiling.padded_lines + tiling.lines; }
 
-// Byte offsets of a block's shared memory. Before the keys of a span arrive, their place serves the factors.
-struct AttentionFwdShared {
-  int64_t rows, largest, q, keys, lines, total;
+// Byte offsets of a block's shared memory. Before the keys of a span arrive, their place serves the factors. What is the
+// same for every problem takes no register: it comes first.
+struct KeysPass {
+  static constexpr int kMostRows = kMostAttentionThreads;  // two strips of 16 per warp
+  static constexpr int64_t largest = kPlaceBytes + kSpanBytes, rows = largest + kMostRows * 4;
+  static constexpr int64_t keys = rows + kMostRows * static_cast<int64_t>(sizeof(Coordinates));
+};
+struct AttentionFwdShared : KeysPass {
+  int64_t q, lines, total;
 };
 RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const KeyTiling& tiling, int block_rows, int D,
                                                          int bytes) {
   const int64_t stages = int64_t{2} * kKeyStages * tiling.keys() * tile_ld(D, bytes) * bytes;
   const int64_t staged = int64_t{block_rows} / strips_of(bytes, D) * tiling.staged * 4;
   AttentionFwdShared at{};
-  at.rows = kPlaceBytes + kSpanBytes;
-  at.largest = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
-  at.q = at.largest + block_rows * 4;
-  at.keys = at.q + int64_t{block_rows} * tile_ld(D, bytes) * bytes;
-  at.lines = at.keys + (stages > staged ? stages : staged);
+  at.q = at.keys + (stages > staged ? stages : staged);
+  at.lines = at.q + int64_t{block_rows} * tile_ld(D, bytes) * bytes;
   at.total = at.lines + line_factors(tiling) * block_rows * bytes;
   return at;
 }
 
 // Backward, queries stay: dq, the factor gradients, and what the second kernel needs of the factors.
-struct AttentionBwdQueriesShared {
-  int64_t rows, largest, q, grad, keys, lines, dlines, total;
+struct AttentionBwdQueriesShared : KeysPass {
+  int64_t q, grad, lines, dlines, total;
 };
 RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Shape& s, const KeyTiling& tiling,
                                                                         int block_rows, int D, int bytes) {
@@ -106,12 +117,9 @@ RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Sh
   const int64_t stages = 2 * kKeyStages * tiling.keys() * ld;
   const int64_t staged = block_rows * (int64_t{tiling.staged} * 4 + ld);  // and 16 table rows per warp
   AttentionBwdQueriesShared at{};
-  at.rows = kPlaceBytes + kSpanBytes;
-  at.largest = at.rows + block_rows * static_cast<int64_t>(sizeof(Coordinates));
-  at.q = at.largest + block_rows * 4;
+  at.q = at.keys + (stages > staged ? stages : staged);
   at.grad = at.q + block_rows * ld;
-  at.keys = at.grad + block_rows * ld;
-  at.lines = at.keys + (stages > staged ? stages : staged);
+  at.lines = at.grad + block_rows * ld;
   at.dlines = at.lines + round_up<int64_t>(line_factors(tiling) * block_rows * bytes, 16);
   at.total = at.dlines + int64_t{tiling.padded_lines} * dlines_ld(block_rows) * 4;
   return at;
@@ -138,10 +146,20 @@ RELPOS_HD inline int64_t padded_queries(const Shape& s) { return round_up<int64_
 // Queries that pass the keys that stay, at a time.
 RELPOS_HD constexpr int query_tile(int bytes) { return bytes == 2 ? 64 : 32; }
 
+// A stage begins with what has the same place for every problem; its lines come last.
+struct QueryStageOffsets {
+  int64_t grad, statistics, columns;  // q: 0
+
+  RELPOS_HD constexpr QueryStageOffsets(int D, int bytes)
+      : grad(int64_t{query_tile(bytes)} * tile_ld(D, bytes) * bytes),
+        statistics(2 * grad),
+        columns(statistics + int64_t{statistics_of(bytes)} * query_tile(bytes) * 4) {}
+};
+constexpr int64_t kKeysBlockBytes = 128;
 struct AttentionBwdKeysShared {
-  int64_t k, v, stages;                                         // a stage holds:
-  int64_t q, grad, columns, lines, statistics, bytes_of_stage;  // bytes from its begin
-  int64_t total;
+  static constexpr int64_t stages = kKeysBlockBytes;
+  int64_t k, v, total;
+  int lines, bytes_of_stage;  // the former from the begin of a stage
   int column_blocks, column_ld, lines_at_most;
 };
 RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s, int block_keys, int D, int bytes) {
@@ -152,15 +170,12 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   at.column_ld = 8 * at.column_blocks + (bytes == 2 && at.column_blocks % 2 ? 0 : 16 / bytes);
   const int lines = block_keys / slots.line + 2 + slots.prefix_lines;
   at.lines_at_most = lines < block_keys / 8 ? lines : block_keys / 8;
-  at.v = at.k + block_keys * ld;
-  at.stages = at.v + block_keys * ld;
   const int queries = query_tile(bytes);
-  at.grad = at.q + queries * ld;
-  at.columns = at.grad + queries * ld;
-  at.lines = at.columns + int64_t{queries} * at.column_ld * bytes;
-  at.statistics = at.lines + int64_t{at.lines_at_most} * queries * 4;
-  at.bytes_of_stage = at.statistics + statistics_of(bytes) * queries * 4;
-  at.total = at.stages + 2 * at.bytes_of_stage;
+  at.lines = static_cast<int>(QueryStageOffsets(D, bytes).columns) + queries * at.column_ld * bytes;
+  at.bytes_of_stage = at.lines + at.lines_at_most * queries * 4;
+  at.k = at.stages + 2 * int64_t{at.bytes_of_stage};
+  at.v = at.k + block_keys * ld;
+  at.total = at.v + block_keys * ld;
   return at;
 }
 

@@ -46,7 +46,8 @@ void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, 
   p.by_heads = FastDiv(s.heads);
 }
 
-// The plan of a kernel for these params, which obey it from then on.
+// The plan of a kernel for these params, which obey it from then on. Where things lie in shared memory is a matter of
+// the plan, too: computed by the kernel, it would cost registers.
 AttentionPlan plan_for(AttentionKernel kernel, AttentionParams& p, const OnDevice& device, const Tensor& q) {
   const AttentionPlan plan = plan_attention(kernel, p.shape, bytes_of(q), device.arch(), p.scale);
   RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
@@ -84,6 +85,7 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
 
   const OnDevice device(q);
   const AttentionPlan plan = plan_for(AttentionKernel::kForward, p, device, q);
+  p.at = attention_fwd_shared(s, plan.keys, plan.block_rows, plan.head_dim, bytes_of(q));
   dispatch_dtype(q.scalar_type(),
                  [&](auto type) { launch_attention_fwd<typename decltype(type)::type>(device, plan, p); });
 }
@@ -116,12 +118,15 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
       using T = typename decltype(type)::type;
       if (in_one_pass) {
         const AttentionPlan of_window = plan_for(AttentionKernel::kBackwardWindow, p, device, q);
+        p.at_window = attention_bwd_window_shared(of_window.block_rows, of_window.head_dim);
         return launch_attention_bwd_window<T>(device, of_window, p);
       }
       const AttentionPlan of_queries = plan_for(AttentionKernel::kBackwardQueries, p, device, q);
+      p.at_queries = attention_bwd_queries_shared(s, p.keys, p.block_rows, of_queries.head_dim, sizeof(T));
       launch_attention_bwd_queries<T>(device, of_queries, p);
       if (!dk && !dv) return;
       const AttentionPlan of_keys = plan_for(AttentionKernel::kBackwardKeys, p, device, q);
+      p.at_keys = attention_bwd_keys_shared(s, p.block_rows, of_keys.head_dim, sizeof(T));
       launch_attention_bwd_keys<T>(device, of_keys, p);
     });
   if (dtable) launch_table_gradient(device, s, strides, q, index, *factors, *partials, *dtable);

@@ -40,8 +40,11 @@ struct SlotBlock {
   __device__ __forceinline__ int column_block(int slot) const {
     return all_columns ? (slot - slots.prefix) % slots.line / 8 : (slot - max(first, slots.prefix)) / 8;
   }
-  // The first column of such a block.
-  __device__ __forceinline__ int column(int block) const { return (first_column + block) * 8 % slots.line; }
+  // The first column of such a block: of this line or the next.
+  __device__ __forceinline__ int column(int block) const {
+    const int column = (first_column + block) * 8;
+    return column < slots.line ? column : column - slots.line;
+  }
   // The token of a slot, or -1.
   __device__ __forceinline__ int token(const Shape& s, int slot) const {
     if (!has_bias(slot)) return slot < s.prefix ? slot : -1;
@@ -59,71 +62,110 @@ struct QueryTile {
   float *lines, *statistics;  // [lines, queries], [delta and, for float32, what p is to be multiplied by, queries]
 };
 
+// What is the same for the whole block: in shared memory, for in registers it would be in the way of the products.
+struct KeysBlock {
+  BlockPlace place;
+  SlotBlock slots;
+  int M;
+  const void *q, *grad, *columns;    // of the group
+  const float *lines, *statistics;  // of the block's lines, and behind those of all lines
+
+  template <typename T>
+  __device__ __forceinline__ void fill(const AttentionBwdParams& p) {
+    find_place(p, static_cast<int>(KeySlots(p.shape).count(p.shape)), place);
+    slots = SlotBlock(p, place.first, p.block_rows);
+    M = static_cast<int>(p.shape.M());
+    q = rows_of<T>(place, p.q), grad = rows_of<T>(place, p.grad);
+    columns = static_cast<const Factor<T>*>(p.columns) + int64_t{place.group} * M * slots.slots.line;
+    const int64_t queries = padded_queries(p.shape), all = slots.slots.lines(p.shape);
+    const float* group = p.lines + place.group * (all + statistics_of(sizeof(T))) * queries;
+    lines = group + slots.first_line * queries;
+    statistics = group + all * queries;
+  }
+};
+static_assert(sizeof(KeysBlock) <= kKeysBlockBytes);
+
 // The same in one of the two stages that tiles pass through.
 template <typename T, int D>
 struct QueryStage : QueryTile<T, D> {
-  static constexpr int kQueries = query_tile(sizeof(T));
+  static constexpr int kQueries = query_tile(sizeof(T)), kChunk = kVector<T>;
+  static constexpr QueryStageOffsets kAt{D, sizeof(T)};
   using QueryTile<T, D>::q, QueryTile<T, D>::grad, QueryTile<T, D>::columns, QueryTile<T, D>::column_ld;
   using QueryTile<T, D>::lines, QueryTile<T, D>::statistics;
 
   __device__ __forceinline__ QueryStage(unsigned char* shared, const AttentionBwdKeysShared& at, int stage) {
     unsigned char* begin = shared + at.stages + stage * at.bytes_of_stage;
-    q.data = reinterpret_cast<T*>(begin + at.q);
-    grad.data = reinterpret_cast<T*>(begin + at.grad);
-    columns = reinterpret_cast<Factor<T>*>(begin + at.columns);
+    q.data = reinterpret_cast<T*>(begin);
+    grad.data = reinterpret_cast<T*>(begin + kAt.grad);
+    statistics = reinterpret_cast<float*>(begin + kAt.statistics);
+    columns = reinterpret_cast<Factor<T>*>(begin + kAt.columns);
     column_ld = at.column_ld;
     lines = reinterpret_cast<float*>(begin + at.lines);
-    statistics = reinterpret_cast<float*>(begin + at.statistics);
   }
 
-  __device__ __forceinline__ void copy(const AttentionBwdParams& p, const BlockPlace& place, const SlotBlock& block,
-                                       const AttentionBwdKeysShared& at, int m0) const {
-    constexpr int kChunk = kVector<T>;
-    const int M = static_cast<int>(p.shape.M());
-    copy_tokens(q, kQueries, p, place, p.q, m0, M - m0);
-    copy_tokens(grad, kQueries, p, place, p.grad, m0, M - m0);
-    const int chunks = at.column_blocks * (8 / kChunk);
-    const Factor<T>* all_columns =
-        static_cast<const Factor<T>*>(p.columns) + int64_t{place.group} * M * block.slots.line;
-    for (int i = threadIdx.x; i < kQueries * chunks; i += blockDim.x) {
-      const int row = i / chunks, chunk = i - row * chunks;
-      const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
-      const bool exists = m0 + row < M;
-      cp_async_16(columns + row * column_ld + chunk * kChunk,
-                  all_columns + (exists ? int64_t{m0 + row} * block.slots.line + column : 0), exists);
+  // Queries m0 and on; zeros where there is none. What lies in shared memory is read before a copy starts: after it,
+  // it would be read again.
+  __device__ __forceinline__ void copy(const AttentionBwdParams& p, const KeysBlock& block, int m0) const {
+    const T *all_q = static_cast<const T*>(block.q), *all_grad = static_cast<const T*>(block.grad);
+    const int left = block.M - m0;
+    for (int row = threadIdx.x / 2; row < kQueries; row += blockDim.x / 2) {
+      const bool exists = row < left;
+      const int64_t m = exists ? m0 + row : 0;
+      copy_row(q, row, p.shape.D, all_q + m * p.q.row, exists);
+      copy_row(grad, row, p.shape.D, all_grad + m * p.grad.row, exists);
     }
-    const int64_t queries = padded_queries(p.shape);
-    const int all_lines = block.slots.lines(p.shape);
-    constexpr int kStatistics = statistics_of(sizeof(T));
-    const float* group_lines = p.lines + int64_t{place.group} * (all_lines + kStatistics) * queries;
-    for (int i = threadIdx.x; i < (block.lines + kStatistics) * (kQueries / 4); i += blockDim.x) {
-      const int line = i / (kQueries / 4), m = i % (kQueries / 4) * 4, statistic = line - block.lines;
+    copy_columns(p, block.slots, static_cast<const Factor<T>*>(block.columns), m0, left);
+    copy_lines(block.lines, block.statistics, block.slots.lines, m0, round_up(block.M, 4));
+  }
+
+  __device__ __forceinline__ void copy_columns(const AttentionBwdParams& p, const SlotBlock block,
+                                               const Factor<T>* from, int m0, int left) const {
+    constexpr int kPerRow = 4;  // threads
+    const int chunks = p.at_keys.column_blocks * (8 / kChunk);
+    for (int row = threadIdx.x / kPerRow; row < kQueries; row += blockDim.x / kPerRow) {
+      const bool exists = row < left;
+      const Factor<T>* of_row = from + (exists ? int64_t{m0 + row} * block.slots.line : 0);
+      for (int chunk = threadIdx.x % kPerRow; chunk < chunks; chunk += kPerRow) {
+        const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
+        cp_async_16(columns + row * column_ld + chunk * kChunk, of_row + column, exists);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void copy_lines(const float* from, const float* from_statistics, int count, int m0,
+                                             int queries) const {
+    constexpr int kPerLine = kQueries / 4;  // vectors
+    for (int i = threadIdx.x; i < (count + statistics_of(sizeof(T))) * kPerLine; i += blockDim.x) {
+      const int line = i / kPerLine, m = i % kPerLine * 4, statistic = line - count;
       const bool exists = m0 + m < queries, is_line = statistic < 0;
-      const float* from = group_lines + (is_line ? block.first_line + line : all_lines + statistic) * queries;
+      const float* all = is_line ? from + int64_t{line} * queries : from_statistics + int64_t{statistic} * queries;
       float* to = is_line ? lines + line * kQueries : statistics + statistic * kQueries;
-      cp_async_16(to + m, from + (exists ? m0 + m : 0), exists);
+      cp_async_16(to + m, all + (exists ? m0 + m : 0), exists);
     }
   }
 };
 
-// Where the factors of a tile of queries begin that the two blocks of 8 keys of a strip take.
+// Where the factors of a tile of queries begin that the two blocks of 8 keys of each strip take.
+template <int STRIPS>
 struct KeyBlocks {
-  bool of_line[2];
-  int columns[2], lines[2];
+  bool of_line[STRIPS][2];
+  int columns[STRIPS][2], lines[STRIPS][2];
 
   // From key `first` of the block on; `queries`: of a tile.
   __device__ __forceinline__ KeyBlocks(const AttentionParams& p, const SlotBlock& block, int first, int queries) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int slot = block.first + first + half * 8;
-      of_line[half] = block.has_bias(slot) && slot < block.slots.count(p.shape);
-      columns[half] = of_line[half] ? block.column_block(slot) * 8 : 0;
-      lines[half] = min(block.line_of(slot) - block.first_line, block.lines - 1) * queries;
-    }
+    for (int s = 0; s < STRIPS; ++s)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int slot = block.first + first + s * 16 + half * 8;
+        of_line[s][half] = block.has_bias(slot) && slot < block.slots.count(p.shape);
+        columns[s][half] = of_line[s][half] ? block.column_block(slot) * 8 : 0;
+        lines[s][half] = min(block.line_of(slot) - block.first_line, block.lines - 1) * queries;
+      }
   }
-  __device__ __forceinline__ bool has_bias(int, int half) const { return of_line[half]; }
-  __device__ __forceinline__ int column(int, int half) const { return columns[half]; }
-  __device__ __forceinline__ int line(int, int half) const { return lines[half]; }
+  __device__ __forceinline__ bool has_bias(int s, int half) const { return of_line[s][half]; }
+  __device__ __forceinline__ int column(int s, int half) const { return columns[s][half]; }
+  __device__ __forceinline__ int line(int s, int half) const { return lines[s][half]; }
 };
 
 // A warp's strips of 16 keys; PART blocks of 8 queries at a time.
@@ -173,8 +215,8 @@ struct AttentionBwdKeys {
                                          const Tile<T, D>& k, const Tile<T, D>& v, int statistics_ld, F&& also) {
     float score[STRIPS][PART][4], dp[STRIPS][PART][4] = {};
     start(score, blocks, tile, begin);
-    add_products<true>(score, k, first, tile.q, begin);  // the scores of attention_bwd_queries.cuh to the last bit
-    add_products(dp, v, first, tile.grad, begin);
+    add_products<true>(score, StripRows<T, D, 0>(k, first), tile.q, begin);  // the scores of attention_bwd_queries.cuh to the last bit
+    add_products(dp, StripRows<T, D, 0>(v, first), tile.grad, begin);
 #pragma unroll
     for (int j = 0; j < PART; ++j) {
       const int m = begin + j * 8 + threadIdx.x % 4 * 2;
@@ -218,42 +260,43 @@ struct AttentionBwdKeys {
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_kernel(const AttentionBwdParams p) {
-  constexpr int kPart = sizeof(T) == 4 ? 2 : 4;
+  constexpr int kStrips = strips_of(sizeof(T), D), kPart = sizeof(T) == 4 || kStrips == 2 ? 2 : 4;
   constexpr int kQueries = query_tile(sizeof(T));
   RELPOS_DYNAMIC_SHARED(shared);
-  const AttentionBwdKeysShared at = attention_bwd_keys_shared(p.shape, p.block_rows, D, sizeof(T));
+  const AttentionBwdKeysShared& at = p.at_keys;
   const Tile<T, D> k{reinterpret_cast<T*>(shared + at.k)}, v{reinterpret_cast<T*>(shared + at.v)};
 
-  BlockPlace place;
-  find_place(p, static_cast<int>(KeySlots(p.shape).count(p.shape)), place);
-  const SlotBlock block(p, place.first, p.block_rows);
+  KeysBlock& block = *reinterpret_cast<KeysBlock*>(shared);
+  if (threadIdx.x == 0) block.fill<T>(p);
+  __syncthreads();
+  const auto token = [&](int row) { return block.slots.token(p.shape, block.slots.first + row); };
   const auto copy = [&](const Tile<T, D>& to, const InRows& from) {
-    const T* data = rows_of<T>(place, from);
+    const T* data = rows_of<T>(block.place, from);
     copy_rows(to, p.block_rows, p.shape.D, threadIdx.x, blockDim.x, data, [&](int row) {
-      const int n = block.token(p.shape, block.first + row);
+      const int n = token(row);
       return n >= 0 ? data + n * from.row : nullptr;
     });
   };
   copy(k, p.k);
   copy(v, p.v);
 
-  AttentionBwdKeys<T, D, 1, kPart> mine(p, threadIdx.x / 32 * 16);
-  const KeyBlocks blocks(p, block, mine.first, kQueries);
-  const int M = static_cast<int>(p.shape.M()), tiles = ceil_div(M, kQueries);
-  for (int tile = -1; tile < tiles; ++tile) {
+  AttentionBwdKeys<T, D, kStrips, kPart> mine(p, threadIdx.x / 32 * 16 * kStrips);
+  const KeyBlocks<kStrips> blocks(p, block.slots, mine.first, kQueries);
+  const int M = block.M;
+  for (int m = -kQueries; m < M; m += kQueries) {
     cp_async_wait<0>();
-    __syncthreads();  // it is there, and the one before is done with
-    if (tile + 1 < tiles) QueryStage<T, D>(shared, at, (tile + 1) % 2).copy(p, place, block, at, (tile + 1) * kQueries);
+    __syncthreads();  // the tile is there, and the one before is done with
+    const int which = m / kQueries & 1;
+    if (m + kQueries < M) QueryStage<T, D>(shared, at, 1 - which).copy(p, block, m + kQueries);
     cp_async_commit();
-    if (tile < 0) continue;
-    const QueryStage<T, D> stage(shared, at, tile % 2);
+    if (m < 0) continue;
+    const QueryStage<T, D> stage(shared, at, which);
 #pragma unroll 1
-    for (int begin = 0; begin < min(kQueries, M - tile * kQueries); begin += kPart * 8)
+    for (int begin = 0; begin < min(kQueries, M - m); begin += kPart * 8)
       mine.absorb(blocks, stage, begin, k, v, kQueries, [](const auto&) {});
   }
-  const auto token = [&](int row) { return block.token(p.shape, block.first + row); };
-  mine.store(p.dk, mine.dk, p.scale, k, place, token);
-  mine.store(p.dv, mine.dv, 1.f, v, place, token);
+  mine.store(p.dk, mine.dk, p.scale, k, block.place, token);
+  mine.store(p.dv, mine.dv, 1.f, v, block.place, token);
 }
 
 }  // namespace relpos

@@ -18,15 +18,19 @@ namespace relpos {
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionBwdQueries {
   static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 ? 2 : 4;  // blocks at a time
-  using Bias = StripBias<T, BLOCKS, ONE_LINE>;
+  static constexpr int kHeld = sizeof(T) == 2 ? 1 : 0;                      // strips of q and grad in registers
+  using Bias = StripBias<T, BLOCKS, ONE_LINE, D == 80 ? 2 : 4>;            // D 80 has no registers for more
+  using Rows = StripRows<T, D, kHeld>;
   const AttentionBwdParams& p;
   const BlockPlace& block;
   const Coordinates* rows;
   Bias bias;
-  float delta[2] = {}, offset[2], class_offset[2];  // offsets: of the exponents, in powers of two
-  float below[2];                                   // the largest column factor
+  float delta[2] = {}, offset[2];  // of the exponents, in powers of two: of keys of lines
+  float add[2];                    // the one that counts in this span
+  float below[2];                  // the largest column factor
+  float dline[2] = {};             // of the tile, where it is one line
   float dq[1][D / 8][4] = {};
-  float dcolumn[BLOCKS][4] = {};
+  float dcolumn[BLOCKS][4];
 
   __device__ __forceinline__ AttentionBwdQueries(const AttentionBwdParams& p, const BlockPlace& block,
                                                  const Coordinates* rows, int first)
@@ -49,18 +53,19 @@ struct AttentionBwdQueries {
     for (int half = 0; half < 2; ++half) {
       delta[half] = __shfl_sync(~0u, of_lane, 2 * (threadIdx.x % 32 / 4 + 8 * half));
       const int m = bias.row(half);
-      const float largest = lines.largest[m] + below[half] * kLog2e;
       const float lse = m < block.count ? p.lse[block.group * p.shape.M() + block.first + m] : INFINITY;
-      offset[half] = largest - lse * kLog2e;
-      class_offset[half] = offset[half] - largest;
+      offset[half] = largest(lines, half) - lse * kLog2e;
     }
+  }
+  // What the factors are below.
+  __device__ __forceinline__ float largest(const LineFactors<T>& lines, int half) const {
+    return lines.largest[bias.row(half)] + below[half] * kLog2e;
   }
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
   float total[2] = {}, weighted[2] = {}, factor[2] = {1.f, 1.f};  // factor: of p
   __device__ __forceinline__ void measure(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                          const Tile<T, D>& q, const Tile<T, D>& grad, const Tile<T, D>& k,
-                                          const Tile<T, D>& v) {
+                                          const Rows& q, const Rows& grad, const Tile<T, D>& k, const Tile<T, D>& v) {
     float weight[1][kPart][4], dp[1][kPart][4];
     weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
 #pragma unroll
@@ -88,6 +93,7 @@ struct AttentionBwdQueries {
     const KeySlots slots(p.shape);
     const int64_t queries = padded_queries(p.shape);
     const int count = slots.lines(p.shape), lane = threadIdx.x % 32, row = bias.first + lane % 16;
+    const float class_offset[2] = {offset[0] - largest(lines, 0), offset[1] - largest(lines, 1)};
     const float all = of_lane(offset), no_bias = of_lane(class_offset);
     const float own_delta = of_lane(delta), own_factor = of_lane(factor);
     if (block.first + row >= queries) return;
@@ -116,13 +122,12 @@ struct AttentionBwdQueries {
 
   // p and <grad, v> of blocks `begin` .. of a tile.
   __device__ __forceinline__ void weigh(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                        const Tile<T, D>& q, const Tile<T, D>& grad, const Tile<T, D>& k,
-                                        const Tile<T, D>& v, float (&weight)[1][kPart][4],
+                                        const Rows& q, const Rows& grad, const Tile<T, D>& k, const Tile<T, D>& v,
+                                        float (&weight)[1][kPart][4],
                                         float (&dp)[1][kPart][4]) const {
     float line[kPart][2];
     bias.start(p, lines, span, tile, begin, weight[0], line);
-    const float add[2] = {span.of_lines ? offset[0] : class_offset[0], span.of_lines ? offset[1] : class_offset[1]};
-    add_products(weight, q, bias.first, k, begin * 8);
+    add_products(weight, q, k, begin * 8);
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
@@ -131,11 +136,11 @@ struct AttentionBwdQueries {
         if constexpr (sizeof(T) == 4) weight[0][j][e] *= factor[e / 2];
         dp[0][j][e] = 0.f;
       }
-    add_products(dp, grad, bias.first, v, begin * 8);
+    add_products(dp, grad, v, begin * 8);
   }
 
   __device__ __forceinline__ void absorb(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                         const LineGradients& dlines, const Tile<T, D>& q, const Tile<T, D>& grad,
+                                         const LineGradients& dlines, const Rows& q, const Rows& grad,
                                          const Tile<T, D>& k, const Tile<T, D>& v) {
     float weight[1][kPart][4], dp[1][kPart][4];
     weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
@@ -144,26 +149,42 @@ struct AttentionBwdQueries {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         dp[0][j][e] = weight[0][j][e] * (dp[0][j][e] - delta[e / 2]);
-        if (span.of_lines) dcolumn[begin + j][e] += dp[0][j][e];
+        dcolumn[begin + j][e] += dp[0][j][e];
+        if (ONE_LINE) dline[e / 2] += dp[0][j][e];
       }
     add_weighted(dq, dp, k, begin * 8);
-    if (span.of_lines) add_lines(tile, begin, dlines, dp[0]);
+    if (!ONE_LINE && span.of_lines) add_lines(tile, begin, dlines, dp[0]);
   }
 
   __device__ __forceinline__ void add_lines(int tile, int begin, const LineGradients& dlines,
                                             const float (&ds)[kPart][4]) const {
-    constexpr int kTogether = ONE_LINE ? kPart : 1;  // blocks of a line
 #pragma unroll
-    for (int j = 0; j < kPart; j += kTogether)
+    for (int j = 0; j < kPart; ++j)
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float sum = 0.f;
+      for (int half = 0; half < 2; ++half)
+        add_line(dlines, tile * p.keys.lines + p.keys.line_of[begin + j], half, ds[j][2 * half] + ds[j][2 * half + 1]);
+  }
+  __device__ __forceinline__ void add_line(const LineGradients& dlines, int line, int half, float sum) const {
+    for (int x = 1; x < 4; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
+    if (threadIdx.x % 4 == 0) dlines.at(line, bias.row(half)) += sum;
+  }
+  __device__ __forceinline__ void end_tile(const Span& span, int tile, const LineGradients& dlines) {
 #pragma unroll
-        for (int i = 0; i < kTogether; ++i) sum += ds[j + i][2 * half] + ds[j + i][2 * half + 1];
-        for (int x = 1; x < 4; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
-        const int line = ONE_LINE ? tile : tile * p.keys.lines + p.keys.line_of[begin + j];
-        if (threadIdx.x % 4 == 0) dlines.at(line, bias.row(half)) += sum;
-      }
+    for (int half = 0; half < 2; ++half) {
+      if (ONE_LINE && span.of_lines) add_line(dlines, tile, half, dline[half]);
+      dline[half] = 0.f;
+    }
+  }
+
+  __device__ __forceinline__ void begin_span(const Span& span, const LineFactors<T>& lines, const Tile<T, D>& q,
+                                             float* stage) {
+    bias.fill_columns(p, span, rows, q, below, {0.f, 0.f}, stage);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) add[half] = offset[half] - (span.of_lines ? 0.f : largest(lines, half));
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) dcolumn[j][e] = 0.f;
   }
 
   // Column gradients of a span that is over; `stage`: 16 rows.
@@ -176,7 +197,6 @@ struct AttentionBwdQueries {
         const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2, row = lane / 4 + e / 2 * 8;
         float& to = stage[row * Bias::kLd + at];
         if (at < span.columns) to = p.keys.line_of[j] ? to + dcolumn[j][e] : dcolumn[j][e];
-        dcolumn[j][e] = 0.f;
       }
     __syncwarp();
     if (p.dfactors)
@@ -198,7 +218,7 @@ template <typename T, int D, int BLOCKS, bool ONE_LINE>
 __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_queries_kernel(const AttentionBwdParams p) {
   using Warp = AttentionBwdQueries<T, D, BLOCKS, ONE_LINE>;
   RELPOS_DYNAMIC_SHARED(shared);
-  const AttentionBwdQueriesShared at = attention_bwd_queries_shared(p.shape, p.keys, p.block_rows, D, sizeof(T));
+  const AttentionBwdQueriesShared& at = p.at_queries;
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
   const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)}, grad{reinterpret_cast<T*>(shared + at.grad)};
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
@@ -231,10 +251,14 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
                                                    [&](int begin) { work(tile, begin, k, v); });
     };
   };
-  const auto begin_span = [&](const Span&) { mine.bias.fill_columns(p, span, rows, q, mine.below, {0.f, 0.f}, stage); };
+  typename Warp::Rows own_q(q, mine.bias.first), own_grad(grad, mine.bias.first);
+  const auto begin_span = [&](const Span&) {
+    mine.begin_span(span, lines, q, stage);
+    own_q.hold(), own_grad.hold();
+  };
   if constexpr (sizeof(T) == 4) {
     const auto measure = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
-      mine.measure(span, tile, begin, lines, q, grad, k, v);
+      mine.measure(span, tile, begin, lines, own_q, own_grad, k, v);
     };
     keys.for_each_tile(p, block, span, begin_span, in_parts(measure), [](const Span&) {});
     mine.use_measured();
@@ -245,12 +269,16 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
     if (p.columns && span.of_lines) mine.write_columns(span);
   };
   const auto absorb = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
-    mine.absorb(span, tile, begin, lines, dlines, q, grad, k, v);
+    mine.absorb(span, tile, begin, lines, dlines, own_q, own_grad, k, v);
   };
   const auto end_span = [&](const Span&) {
     if (span.of_lines) mine.end_span(span, stage, table_rows);
   };
-  keys.for_each_tile(p, block, span, begin_and_write, in_parts(absorb), end_span);
+  const auto absorb_tile = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+    in_parts(absorb)(tile, k, v);
+    mine.end_tile(span, tile, dlines);
+  };
+  keys.for_each_tile(p, block, span, begin_and_write, absorb_tile, end_span);
   mine.end(dlines, table_rows, q);
 }
 

@@ -23,13 +23,11 @@ namespace relpos {
 
 // What is the same for the whole block: in shared memory, for in registers it would be in the way of the products.
 struct WindowState {
-  AttentionBwdWindowShared at;
   BlockPlace passes[kWindowPasses];
   int done[kWindowWarps];  // passes, of each warp
 
-  __device__ __forceinline__ void fill(const AttentionBwdParams& p, int D) {
+  __device__ __forceinline__ void fill(const AttentionBwdParams& p) {
     const int M = static_cast<int>(p.shape.M());
-    at = attention_bwd_window_shared(p.block_rows, D);
     for (int i = 0; i < kWindowWarps; ++i) done[i] = 0;
     for (int i = 0; i < kWindowPasses; ++i) {
       find_place(p, M, passes[i]);
@@ -224,22 +222,22 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
   constexpr int kPart = 2;
   RELPOS_DYNAMIC_SHARED(shared);
   WindowState& state = *reinterpret_cast<WindowState*>(shared);
-  if (threadIdx.x == 0) state.fill(p, D);
+  if (threadIdx.x == 0) state.fill(p);
   __syncthreads();
-  copy_window_keys(WindowTiles<T, D>(shared, state.at).k, p, state.passes[0], p.k);
-  copy_window_keys(WindowTiles<T, D>(shared, state.at).v, p, state.passes[0], p.v);
+  copy_window_keys(WindowTiles<T, D>(shared, p.at_window).k, p, state.passes[0], p.k);
+  copy_window_keys(WindowTiles<T, D>(shared, p.at_window).v, p, state.passes[0], p.v);
 
   const int warp = threadIdx.x / 32;
   AttentionBwdKeys<T, D, kWindowWarpLines, kPart> mine(p, warp * kWindowWarpLines * kWindowLine);
 #pragma unroll 1
   for (int& done = state.done[warp]; done * p.block_rows < p.shape.M();) {
     const BlockPlace& pass = state.passes[done];
-    const auto strip = [&] { return WindowStrip<T, D>{p, pass, {shared, state.at}, warp * 16}; };
+    const auto strip = [&] { return WindowStrip<T, D>{p, pass, {shared, p.at_window}, warp * 16}; };
     strip().fill();
     cp_async_wait<0>();
     __syncthreads();  // all strips are there, and the last pass is done with
     {
-      const WindowTiles<T, D> tiles(shared, state.at);
+      const WindowTiles<T, D> tiles(shared, p.at_window);
       const WindowLines lines{warp * kWindowWarpLines, p.block_rows};
       for (int begin = 0; begin < pass.count; begin += 8 * kPart)
         mine.absorb(lines, tiles, begin, tiles.k, tiles.v, 0,
@@ -250,7 +248,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
     if (threadIdx.x % 32 == 0) ++done;
     __syncwarp();  // the strip is done with
   }
-  const Tile<T, D> own = WindowTiles<T, D>(shared, state.at).v;
+  const Tile<T, D> own = WindowTiles<T, D>(shared, p.at_window).v;
   const auto token = [&](int slot) { return window_token(p.shape, slot); };
   mine.store(p.dk, mine.dk, p.scale, own, state.passes[0], token);
   mine.store(p.dv, mine.dv, 1.f, own, state.passes[0], token);

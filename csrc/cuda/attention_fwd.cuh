@@ -26,7 +26,9 @@ constexpr float kMayGrow = 8.f;
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionFwd {
   static constexpr int kStrips = strips_of(sizeof(T), D);
-  static constexpr int kPart = kStrips == 2 || sizeof(T) == 4 || BLOCKS == 6 ? 2 : 4;  // blocks at a time: registers
+  // As many as there are registers for: blocks at a time, and strips of queries that stay there.
+  static constexpr int kHeld = sizeof(T) == 4 ? 0 : D == 64 ? kStrips : 1;
+  static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 || kStrips == 2 ? 2 : 4;
   float out[kStrips][D / 8][4] = {};
   float reference[kStrips][2], sum[kStrips][2] = {};  // powers of two
 
@@ -59,14 +61,15 @@ struct AttentionFwd {
     for (int s = 0; s < kStrips; ++s)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = -INFINITY;
+        float x = 0.f;
 #pragma unroll
         for (int j = 0; j < kPart; ++j) {
-          const float of_block = fmaxf(score[s][j][2 * half], score[s][j][2 * half + 1]);
-          x = fmaxf(x, ONE_LINE ? of_block : fmaf(of_block, to_powers, line[s][j][half]));
+          float of_block = fmaxf(score[s][j][2 * half], score[s][j][2 * half + 1]);
+          if (!ONE_LINE) of_block = fmaf(of_block, to_powers, line[s][j][half]);
+          x = j == 0 ? of_block : fmaxf(x, of_block);
         }
         most[s][half] = ONE_LINE ? fmaf(x, to_powers, line[s][0][half]) : x;
-        grown |= most[s][half] > reference[s][half] + kMayGrow;
+        grown |= most[s][half] - reference[s][half] > kMayGrow;
       }
     if (!__any_sync(~0u, grown)) return;
 #pragma unroll
@@ -110,14 +113,14 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   constexpr int kStrips = Warp::kStrips;
   constexpr float kNothing[2] = {};
   RELPOS_DYNAMIC_SHARED(shared);
-  const AttentionFwdShared at = attention_fwd_shared(p.shape, p.keys, p.block_rows, D, sizeof(T));
+  const AttentionFwdShared& at = p.at;
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
   const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)};
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
   const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
                              reinterpret_cast<float*>(shared + at.largest)};
-  const int warp = threadIdx.x / 32, first = warp * 16 * kStrips;
-  float* stage = reinterpret_cast<float*>(shared + at.keys) + warp * 16 * p.keys.staged;
+  const int first = threadIdx.x / 32 * 16 * kStrips;
+  const auto stage = [&] { return reinterpret_cast<float*>(keys.data) + threadIdx.x / 32 * 16 * p.keys.staged; };
 
   if (threadIdx.x == 0) find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
   __syncthreads();
@@ -133,23 +136,25 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
     bias[s].first = first + s * 16;
-    lines.fill(p, rows, q, bias[s].first, stage);
+    lines.fill(p, rows, q, bias[s].first, stage());
   }
   Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
+  StripRows<T, D, Warp::kHeld> queries(q, first);
   const auto begin_span = [&](const Span&) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       const float* largest = lines.largest + bias[s].row(0);  // what line factors are below
       const float of_class[2] = {-largest[0] * p.from_powers, -largest[8] * p.from_powers};
-      bias[s].fill_columns(p, span, rows, q, kNothing, of_class, stage);
+      bias[s].fill_columns(p, span, rows, q, kNothing, of_class, stage());
     }
+    queries.hold();
   };
   const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
     for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, block, first, span, tile, [&](int begin) {
       float score[kStrips][Warp::kPart][4], line[kStrips][Warp::kPart][2];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
-      add_products(score, q, first, k, begin * 8);
+      add_products(score, queries, k, begin * 8);
       mine.absorb(score, line, p.to_powers, v, begin * 8);
     });
   };

@@ -37,17 +37,26 @@ __device__ __forceinline__ void strip_range(const AttentionParams& p, int a, con
 }
 
 // put(half, row, key, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
-// holds: row is lane / 4 + 8 half of the strip.
-template <typename T, int D, typename F>
+// holds: row is lane / 4 + 8 half of the strip. kBlocks of 8 table rows share operands of q, and a wait for memory.
+template <typename T, int kBlocks = 4, int D, typename F>
 __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const KeyRange& keys,
                                               const Coordinates* rows, const Tile<T, D>& q, int first, F&& put) {
-  constexpr int kBlocks = 4;  // of 8 table rows, sharing operands of q
   const Axis& axis = p.shape.axis[a];
   const T* table = static_cast<const T*>(p.table);
   const int lane = threadIdx.x % 32;
+  const int c[2] = {rows[first + lane / 4].of[a], rows[first + lane / 4 + 8].of[a]};
   int low, high;
   strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 8 * kBlocks) {
+    int key[kBlocks][4];  // asked for before the products, all at once: they have a long way
+#pragma unroll
+    for (int n = 0; n < kBlocks; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int l = l0 + n * 8 + lane % 4 * 2 + e % 2;
+        const bool exists = c[e / 2] >= 0 && l <= high;
+        key[n][e] = exists ? p.index[axis.inverse + c[e / 2] * axis.rows + l - axis.first_row] : -1;
+      }
     float acc[kBlocks][4] = {};
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
@@ -64,13 +73,8 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
 #pragma unroll
     for (int n = 0; n < kBlocks; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + e / 2 * 8, l = l0 + n * 8 + lane % 4 * 2 + e % 2;
-        const int c = rows[first + row].of[a];
-        if (c < 0 || l > high) continue;
-        const int key = p.index[axis.inverse + c * axis.rows + l - axis.first_row];
-        if (key >= keys.begin && key < keys.end) put(e / 2, row, key, acc[n][e]);
-      }
+      for (int e = 0; e < 4; ++e)
+        if (key[n][e] >= keys.begin && key[n][e] < keys.end) put(e / 2, lane / 4 + e / 2 * 8, key[n][e], acc[n][e]);
   }
 }
 
@@ -149,7 +153,7 @@ struct LineFactors {
 };
 
 // The bias of one strip of 16 queries and one span, as the scores of a tile lie in registers.
-template <typename T, int BLOCKS, bool ONE_LINE>
+template <typename T, int BLOCKS, bool ONE_LINE, int TABLE_BLOCKS = 4>
 struct StripBias {
   static constexpr int kLd = BLOCKS * 8 + kInnerPad;
   int first;                // query of the block
@@ -165,7 +169,7 @@ struct StripBias {
     const int lane = threadIdx.x % 32;
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
-      strip_factors<T>(p, kW, keys, rows, q, first, [&](int half, int row, int key, float x) {
+      strip_factors<T, TABLE_BLOCKS>(p, kW, keys, rows, q, first, [&](int half, int row, int key, float x) {
         stage[row * kLd + key - span.first] = (x - below[half]) * p.inverse_scale;
       });
       __syncwarp();
@@ -187,7 +191,7 @@ struct StripBias {
   template <int PART>
   __device__ __forceinline__ void start(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
                                         int tile, int begin, float (&score)[PART][4], float (&line)[PART][2]) const {
-    const int first_line = span.of_lines ? tile * p.keys.lines : p.keys.padded_lines;
+    const int first_line = span.line_factors + tile * p.keys.lines;
 #pragma unroll
     for (int j = 0; j < PART; ++j) {
       const int of_block = first_line + (ONE_LINE ? 0 : p.keys.line_of[begin + j]);

@@ -188,15 +188,14 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<float>&
 
 // ---- products of a warp's strips of 16 rows
 
-// acc[s][j] += rows a_row + 16 s .. of a, times rows b_row + 8 j .. of b, transposed
-template <bool SWAPPED = false, typename T, int D, int STRIPS, int BLOCKS>
-__device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], const Tile<T, D>& a, int a_row,
-                                             const Tile<T, D>& b, int b_row) {
+// acc[s][j] += a, times rows b_row + 8 j .. of b, transposed; a(s, step) is a step of the strip's operand.
+template <bool SWAPPED = false, typename T, int D, int STRIPS, int BLOCKS, typename A>
+__device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], A&& a, const Tile<T, D>& b, int b_row) {
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     OperandA<T> rows[STRIPS];
 #pragma unroll
-    for (int s = 0; s < STRIPS; ++s) rows[s].load(a, a_row + s * 16, step);
+    for (int s = 0; s < STRIPS; ++s) rows[s] = a(s, step);
 #pragma unroll
     for (int j = 0; j < BLOCKS; j += 2) {
       OperandB<T> columns[2];
@@ -209,6 +208,28 @@ __device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], co
     }
   }
 }
+
+// The strips of a warp, from row `row` of a tile on, as such an a: the first HELD of them stay in registers.
+template <typename T, int D, int HELD>
+struct StripRows {
+  OperandA<T> held[HELD > 0 ? HELD : 1][D / 16];
+  Tile<T, D> tile;
+  int row;
+
+  __device__ __forceinline__ StripRows(const Tile<T, D>& tile, int row) : tile(tile), row(row) {}
+  __device__ __forceinline__ void hold() {
+#pragma unroll
+    for (int s = 0; s < HELD; ++s)
+#pragma unroll
+      for (int step = 0; step < D / 16; ++step) held[s][step].load(tile, row + s * 16, step);
+  }
+  __device__ __forceinline__ OperandA<T> operator()(int s, int step) const {
+    if (s < HELD) return held[s][step];
+    OperandA<T> loaded;
+    loaded.load(tile, row + s * 16, step);
+    return loaded;
+  }
+};
 
 // acc[s] += weights[s], times rows b_row .. of b
 template <typename T, int D, int STRIPS, int BLOCKS>

@@ -41,19 +41,24 @@ __device__ __forceinline__ void locate_queries(const Shape& s, const BlockPlace&
   for (int i = threadIdx.x; i < block_rows; i += blockDim.x) rows[i] = locate_query(s, block, i);
 }
 
-// Starts copies of `rows` rows into a tile by `threads` threads, of which this is number `thread`. A pair of threads
-// takes a row, 32 bytes at a time. from(row) is where it lies, or null for zeros; `some` is any valid address.
+// Starts the copy of a row by a pair of threads, 32 bytes at a time; zeros if it does not exist.
+template <typename T, int D>
+__device__ __forceinline__ void copy_row(const Tile<T, D>& to, int row, int width, const T* from, bool exists) {
+#pragma unroll
+  for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
+    const int chunk = 2 * i + threadIdx.x % 2, d = chunk * Tile<T, D>::kChunk;
+    cp_async_16(to.chunk(row, chunk), from + d, exists && d < width);
+  }
+}
+
+// Starts copies of `rows` rows into a tile by `threads` threads, of which this is number `thread`. from(row) is where
+// it lies, or null for zeros; `some` is any valid address.
 template <typename T, int D, typename F>
 __device__ __forceinline__ void copy_rows(const Tile<T, D>& to, int rows, int width, int thread, int threads,
                                           const T* some, F&& from) {
   for (int row = thread / 2; row < rows; row += threads / 2) {
     const T* found = from(row);
-    const T* source = found ? found : some;
-#pragma unroll
-    for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
-      const int chunk = 2 * i + thread % 2, d = chunk * Tile<T, D>::kChunk;
-      cp_async_16(to.chunk(row, chunk), source + d, found != nullptr && d < width);
-    }
+    copy_row(to, row, width, found ? found : some, found != nullptr);
   }
 }
 
@@ -106,16 +111,31 @@ __device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const
 
 // ---- keys
 
-// Number i of the spans: those of the lines; before them, from -class_tiles on, those of class tokens.
-__device__ __forceinline__ Span find_span(const AttentionParams& p, int i) {
-  Span span;
-  span.of_lines = i >= 0;
-  const int all = i >= 0 ? p.shape.axis[kW].keys : p.shape.prefix;
-  const int each = i >= 0 ? p.keys.columns : p.keys.keys();
-  span.first = (i >= 0 ? i : i + p.keys.class_tiles) * each;
-  span.columns = min(each, all - span.first);
-  span.tiles = i >= 0 ? p.keys.padded_lines / p.keys.lines : 1;
-  return span;
+// Number i of the spans: those of the lines; before them, from -class_tiles on, those of class tokens. By all threads;
+// known to all after a barrier.
+template <typename T>
+__device__ __forceinline__ void find_span(const AttentionParams& p, const BlockPlace& block, int i, Span& span) {
+  constexpr int kNoLine = 1 << 30;
+  const bool of_lines = i >= 0;
+  const int all = of_lines ? p.shape.axis[kW].keys : p.shape.prefix;
+  const int each = of_lines ? p.keys.columns : p.keys.keys();
+  const int first = (of_lines ? i : i + p.keys.class_tiles) * each, columns = min(each, all - first);
+  if (threadIdx.x == 0) {
+    span.k = rows_of<T>(block, p.k);
+    span.v = rows_of<T>(block, p.v);
+    span.number = i;
+    span.of_lines = of_lines;
+    span.first = first;
+    span.columns = columns;
+    span.tiles = of_lines ? p.keys.tiles : 1;
+    span.line_factors = of_lines ? 0 : p.keys.padded_lines;
+  }
+  for (int row = threadIdx.x; row < p.keys.keys(); row += blockDim.x) {
+    const int j = row / 8, column = (of_lines ? p.keys.column_of[j] : 8 * j) + row % 8;
+    const int line = column >= columns ? kNoLine : of_lines ? p.keys.line_of[j] : 0;
+    const int line_token = of_lines ? p.shape.prefix + p.keys.line_of[j] * p.shape.axis[kW].keys : 0;
+    span.rows[row] = {line, line_token + first + column};
+  }
 }
 // The first column of block j, counted from that of the span.
 __device__ __forceinline__ int column_of(const KeyTiling& keys, const Span& span, int j) {
@@ -137,26 +157,18 @@ __device__ __forceinline__ void for_each_part(const AttentionParams& p, const Bl
   }
 }
 
-// Tile number `tile` of a span: k and v.
-template <typename T, int D>
+// Tile number `tile` of a span, of BLOCKS blocks: k and v.
+template <int BLOCKS, typename T, int D>
 __device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>& v, const AttentionParams& p,
-                                          const BlockPlace& block, const Span& span, int tile) {
-  const T *k_group = rows_of<T>(block, p.k), *v_group = rows_of<T>(block, p.v);
-  const auto token = [&](int row) {
-    const int j = row / 8, column = column_of(p.keys, span, j) + row % 8;
-    if (column >= span.columns) return -1;
-    if (!span.of_lines) return span.first + column;
-    const int line = tile * p.keys.lines + p.keys.line_of[j];
-    return line < p.shape.outer_keys() ? p.shape.prefix + line * p.shape.axis[kW].keys + span.first + column : -1;
-  };
-  const auto rows = [&token](const T* data, int64_t stride) {
-    return [&token, data, stride](int row) {
-      const int n = token(row);
-      return n >= 0 ? data + n * stride : nullptr;
-    };
-  };
-  copy_rows(k, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, k_group, rows(k_group, p.k.row));
-  copy_rows(v, p.keys.keys(), p.shape.D, threadIdx.x, blockDim.x, v_group, rows(v_group, p.v.row));
+                                          const Span& span, int tile) {
+  const int lines = tile * p.keys.lines, tokens = lines * p.shape.axis[kW].keys;
+  for (int row = threadIdx.x / 2; row < BLOCKS * 8; row += blockDim.x / 2) {
+    const KeyRow from = span.rows[row];
+    const bool exists = from.line + lines < p.shape.outer_keys();
+    const int64_t token = exists ? from.token + tokens : 0;
+    copy_row(k, row, p.shape.D, static_cast<const T*>(span.k) + token * p.k.row, exists);
+    copy_row(v, row, p.shape.D, static_cast<const T*>(span.v) + token * p.v.row, exists);
+  }
 }
 
 // The tiles of a span pass through two stages: while one is worked on, the next is on its way.
@@ -172,21 +184,24 @@ struct KeyStages {
   template <typename Begin, typename Work, typename End>
   __device__ __forceinline__ void for_each_tile(const AttentionParams& p, const BlockPlace& block, Span& span,
                                                 Begin&& begin, Work&& work, End&& end) const {
-    for (int i = -p.keys.class_tiles; i < p.keys.spans; ++i) {
+    int next = -p.keys.class_tiles;
+    do {
       __syncthreads();  // nobody needs the last span any more
-      if (threadIdx.x == 0) span = find_span(p, i);
+      find_span<T>(p, block, next, span);
       __syncthreads();  // it is known
       begin(span);
-      for (int tile = -1; tile < span.tiles; ++tile) {
+      const int tiles = span.tiles;
+      for (int tile = -1; tile < tiles; ++tile) {
         cp_async_wait<0>();
         __syncthreads();  // the tile is there, and the one before is done with
-        if (tile + 1 < span.tiles) copy_keys(get(tile + 1, 0), get(tile + 1, 1), p, block, span, tile + 1);
+        if (tile + 1 < tiles) copy_keys<BLOCKS>(get(tile + 1, 0), get(tile + 1, 1), p, span, tile + 1);
         cp_async_commit();
         if (tile >= 0) work(tile, get(tile, 0), get(tile, 1));
       }
       __syncthreads();  // the last is done with
       end(span);
-    }
+      next = span.number + 1;  // a counter would take a register
+    } while (next < p.keys.spans);
   }
 };
 
