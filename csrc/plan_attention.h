@@ -86,8 +86,8 @@ struct Coordinates {  // of a query; -1: it has no bias
 // Line factors: those of the lines, -inf for those that fill the last tile, and a tile of zeros for class tokens.
 RELPOS_HD inline int64_t line_factors(const KeyTiling& tiling) { return tiling.padded_lines + tiling.lines; }
 
-// Byte offsets of a block's shared memory. Before the keys of a span arrive, their place serves the factors. What is the
-// same for every problem takes no register: it comes first.
+// Byte offsets of a block's shared memory. Before the keys of a span arrive, their place serves the factors. What is
+// the same for every problem takes no register: it comes first.
 struct KeysPass {
   static constexpr int kMostRows = kMostAttentionThreads;  // two strips of 16 per warp
   static constexpr int64_t largest = kPlaceBytes + kSpanBytes, rows = largest + kMostRows * 4;

@@ -67,7 +67,7 @@ struct KeysBlock {
   BlockPlace place;
   SlotBlock slots;
   int M;
-  const void *q, *grad, *columns;    // of the group
+  const void *q, *grad, *columns;   // of the group
   const float *lines, *statistics;  // of the block's lines, and behind those of all lines
 
   template <typename T>
@@ -215,7 +215,8 @@ struct AttentionBwdKeys {
                                          const Tile<T, D>& k, const Tile<T, D>& v, int statistics_ld, F&& also) {
     float score[STRIPS][PART][4], dp[STRIPS][PART][4] = {};
     start(score, blocks, tile, begin);
-    add_products<true>(score, StripRows<T, D, 0>(k, first), tile.q, begin);  // the scores of attention_bwd_queries.cuh to the last bit
+    add_products<true>(score, StripRows<T, D, 0>(k, first), tile.q,
+                       begin);  // the scores of attention_bwd_queries.cuh to the last bit
     add_products(dp, StripRows<T, D, 0>(v, first), tile.grad, begin);
 #pragma unroll
     for (int j = 0; j < PART; ++j) {

@@ -17,16 +17,17 @@ namespace relpos {
 
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionBwdQueries {
-  static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 ? 2 : 4;  // blocks at a time
-  static constexpr int kHeld = sizeof(T) == 2 ? 1 : 0;                      // strips of q and grad in registers
-  using Bias = StripBias<T, BLOCKS, ONE_LINE, D == 80 ? 2 : 4>;            // D 80 has no registers for more
-  using Rows = StripRows<T, D, kHeld>;
+  static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 || D > 96 ? 2 : 4;  // blocks at a time
+  static constexpr bool kLineInTile = ONE_LINE && D <= 96;  // the gradient of its line is summed in registers
+  // What there are registers for: q and grad stay there, or are read again for every tile.
+  using Bias = StripBias<T, BLOCKS, ONE_LINE>;
+  using RowsOfQ = StripRows<T, D, sizeof(T) == 2 && D <= 80>;
+  using RowsOfGrad = StripRows<T, D, sizeof(T) == 2 && D <= 64>;
   const AttentionBwdParams& p;
   const BlockPlace& block;
   const Coordinates* rows;
   Bias bias;
-  float delta[2] = {}, offset[2];  // of the exponents, in powers of two: of keys of lines
-  float add[2];                    // the one that counts in this span
+  float delta[2] = {}, offset[2];  // the latter of the exponents of this span, in powers of two
   float below[2];                  // the largest column factor
   float dline[2] = {};             // of the tile, where it is one line
   float dq[1][D / 8][4] = {};
@@ -50,22 +51,20 @@ struct AttentionBwdQueries {
     largest_factors<T>(p, kW, rows, q, bias.first, below);
     const float of_lane = sizeof(T) == 2 ? find_delta<T>(p, block, bias.first) : 0.f;  // float32: use_measured
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      delta[half] = __shfl_sync(~0u, of_lane, 2 * (threadIdx.x % 32 / 4 + 8 * half));
-      const int m = bias.row(half);
-      const float lse = m < block.count ? p.lse[block.group * p.shape.M() + block.first + m] : INFINITY;
-      offset[half] = largest(lines, half) - lse * kLog2e;
-    }
+    for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(~0u, of_lane, 2 * (threadIdx.x % 32 / 4 + 8 * half));
   }
-  // What the factors are below.
-  __device__ __forceinline__ float largest(const LineFactors<T>& lines, int half) const {
-    return lines.largest[bias.row(half)] + below[half] * kLog2e;
+  // What is to be added to exponents: of class tokens, and of keys of lines, whose factors are below the largest.
+  __device__ __forceinline__ float offset_of(bool of_lines, const LineFactors<T>& lines, int half) const {
+    const int m = bias.row(half);
+    const float lse = m < block.count ? p.lse[afresh(block.group * p.shape.M() + block.first + m)] : INFINITY;
+    return fmaf(-lse, kLog2e, of_lines ? fmaf(below[half], kLog2e, lines.largest[m]) : 0.f);
   }
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
   float total[2] = {}, weighted[2] = {}, factor[2] = {1.f, 1.f};  // factor: of p
   __device__ __forceinline__ void measure(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                          const Rows& q, const Rows& grad, const Tile<T, D>& k, const Tile<T, D>& v) {
+                                          const RowsOfQ& q, const RowsOfGrad& grad, const Tile<T, D>& k,
+                                          const Tile<T, D>& v) {
     float weight[1][kPart][4], dp[1][kPart][4];
     weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
 #pragma unroll
@@ -93,8 +92,9 @@ struct AttentionBwdQueries {
     const KeySlots slots(p.shape);
     const int64_t queries = padded_queries(p.shape);
     const int count = slots.lines(p.shape), lane = threadIdx.x % 32, row = bias.first + lane % 16;
-    const float class_offset[2] = {offset[0] - largest(lines, 0), offset[1] - largest(lines, 1)};
-    const float all = of_lane(offset), no_bias = of_lane(class_offset);
+    const float of_lines[2] = {offset_of(true, lines, 0), offset_of(true, lines, 1)};
+    const float of_class[2] = {offset_of(false, lines, 0), offset_of(false, lines, 1)};
+    const float all = of_lane(of_lines), no_bias = of_lane(of_class);
     const float own_delta = of_lane(delta), own_factor = of_lane(factor);
     if (block.first + row >= queries) return;
     float* to = p.lines + int64_t{block.group} * (count + statistics_of(sizeof(T))) * queries + block.first + row;
@@ -122,8 +122,8 @@ struct AttentionBwdQueries {
 
   // p and <grad, v> of blocks `begin` .. of a tile.
   __device__ __forceinline__ void weigh(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                        const Rows& q, const Rows& grad, const Tile<T, D>& k, const Tile<T, D>& v,
-                                        float (&weight)[1][kPart][4],
+                                        const RowsOfQ& q, const RowsOfGrad& grad, const Tile<T, D>& k,
+                                        const Tile<T, D>& v, float (&weight)[1][kPart][4],
                                         float (&dp)[1][kPart][4]) const {
     float line[kPart][2];
     bias.start(p, lines, span, tile, begin, weight[0], line);
@@ -132,7 +132,7 @@ struct AttentionBwdQueries {
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], p.to_powers, line[j][e / 2] + add[e / 2]));
+        weight[0][j][e] = exp2_approx(fmaf(weight[0][j][e], p.to_powers, line[j][e / 2] + offset[e / 2]));
         if constexpr (sizeof(T) == 4) weight[0][j][e] *= factor[e / 2];
         dp[0][j][e] = 0.f;
       }
@@ -140,7 +140,7 @@ struct AttentionBwdQueries {
   }
 
   __device__ __forceinline__ void absorb(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                         const LineGradients& dlines, const Rows& q, const Rows& grad,
+                                         const LineGradients& dlines, const RowsOfQ& q, const RowsOfGrad& grad,
                                          const Tile<T, D>& k, const Tile<T, D>& v) {
     float weight[1][kPart][4], dp[1][kPart][4];
     weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
@@ -150,10 +150,10 @@ struct AttentionBwdQueries {
       for (int e = 0; e < 4; ++e) {
         dp[0][j][e] = weight[0][j][e] * (dp[0][j][e] - delta[e / 2]);
         dcolumn[begin + j][e] += dp[0][j][e];
-        if (ONE_LINE) dline[e / 2] += dp[0][j][e];
+        if (kLineInTile) dline[e / 2] += dp[0][j][e];
       }
     add_weighted(dq, dp, k, begin * 8);
-    if (!ONE_LINE && span.of_lines) add_lines(tile, begin, dlines, dp[0]);
+    if (!kLineInTile && span.of_lines) add_lines(tile, begin, dlines, dp[0]);
   }
 
   __device__ __forceinline__ void add_lines(int tile, int begin, const LineGradients& dlines,
@@ -171,16 +171,16 @@ struct AttentionBwdQueries {
   __device__ __forceinline__ void end_tile(const Span& span, int tile, const LineGradients& dlines) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (ONE_LINE && span.of_lines) add_line(dlines, tile, half, dline[half]);
+      if (kLineInTile && span.of_lines) add_line(dlines, tile, half, dline[half]);
       dline[half] = 0.f;
     }
   }
 
   __device__ __forceinline__ void begin_span(const Span& span, const LineFactors<T>& lines, const Tile<T, D>& q,
                                              float* stage) {
-    bias.fill_columns(p, span, rows, q, below, {0.f, 0.f}, stage);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) add[half] = offset[half] - (span.of_lines ? 0.f : largest(lines, half));
+    for (int half = 0; half < 2; ++half) offset[half] = offset_of(span.of_lines, lines, half);
+    bias.fill_columns(p, span, rows, q, below, {0.f, 0.f}, stage);
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
@@ -220,22 +220,24 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
   RELPOS_DYNAMIC_SHARED(shared);
   const AttentionBwdQueriesShared& at = p.at_queries;
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
-  const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)}, grad{reinterpret_cast<T*>(shared + at.grad)};
+  const auto q = [&] { return Tile<T, D>{reinterpret_cast<T*>(shared + afresh(at.q))}; };
+  const auto grad = [&] { return Tile<T, D>{reinterpret_cast<T*>(shared + afresh(at.grad))}; };
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
   const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
                              reinterpret_cast<float*>(shared + at.largest)};
   const LineGradients dlines{reinterpret_cast<float*>(shared + at.dlines), dlines_ld(p.block_rows)};
   const int warp = threadIdx.x / 32;
-  const int64_t staged = int64_t{16} * p.keys.staged * 4;
-  unsigned char* own = shared + at.keys + warp * (staged + 16 * Tile<T, D>::kLd * sizeof(T));
-  float* stage = reinterpret_cast<float*>(own);
-  const Tile<T, D> table_rows{reinterpret_cast<T*>(own + staged)};
+  const int staged = 16 * p.keys.staged;
+  const auto stage = [&] {
+    return reinterpret_cast<float*>(shared + at.keys + afresh(warp) * (staged * 4 + 16 * Tile<T, D>::kLd * sizeof(T)));
+  };
+  const auto table_rows = [&] { return Tile<T, D>{reinterpret_cast<T*>(stage() + staged)}; };
 
   if (threadIdx.x == 0) find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
   __syncthreads();
   const BlockPlace& block = *reinterpret_cast<const BlockPlace*>(shared);
-  copy_tokens(q, p.block_rows, p, block, p.q, block.first, block.count);
-  copy_tokens(grad, p.block_rows, p, block, p.grad, block.first, block.count);
+  copy_tokens(q(), p.block_rows, p, block, p.q, block.first, block.count);
+  copy_tokens(grad(), p.block_rows, p, block, p.grad, block.first, block.count);
   cp_async_commit();
   locate_queries(p.shape, block, p.block_rows, rows);
   for (int i = threadIdx.x; i < p.keys.padded_lines * dlines.ld; i += blockDim.x) dlines.data[i] = 0.f;
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
   __syncthreads();
 
   Warp mine(p, block, rows, warp * 16);
-  mine.begin(q, lines, stage);
+  mine.begin(q(), lines, stage());
   Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
   const auto in_parts = [&](auto&& work) {
     return [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
@@ -251,10 +253,11 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
                                                    [&](int begin) { work(tile, begin, k, v); });
     };
   };
-  typename Warp::Rows own_q(q, mine.bias.first), own_grad(grad, mine.bias.first);
+  typename Warp::RowsOfQ own_q(q(), mine.bias.first);
+  typename Warp::RowsOfGrad own_grad(grad(), mine.bias.first);
   const auto begin_span = [&](const Span&) {
-    mine.begin_span(span, lines, q, stage);
-    own_q.hold(), own_grad.hold();
+    mine.begin_span(span, lines, q(), stage());
+    own_q.hold(q()), own_grad.hold(grad());
   };
   if constexpr (sizeof(T) == 4) {
     const auto measure = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
@@ -272,14 +275,14 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
     mine.absorb(span, tile, begin, lines, dlines, own_q, own_grad, k, v);
   };
   const auto end_span = [&](const Span&) {
-    if (span.of_lines) mine.end_span(span, stage, table_rows);
+    if (span.of_lines) mine.end_span(span, stage(), table_rows());
   };
   const auto absorb_tile = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
     in_parts(absorb)(tile, k, v);
     mine.end_tile(span, tile, dlines);
   };
   keys.for_each_tile(p, block, span, begin_and_write, absorb_tile, end_span);
-  mine.end(dlines, table_rows, q);
+  mine.end(dlines, table_rows(), q());
 }
 
 }  // namespace relpos

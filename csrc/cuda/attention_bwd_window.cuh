@@ -102,7 +102,7 @@ __device__ __forceinline__ void copy_window_keys(const Tile<T, D>& to, const Att
 // A warp's strip of 16 queries.
 template <typename T, int D>
 struct WindowStrip {
-  static constexpr int kStageLd = kWindowLine + kInnerPad;
+  static constexpr int kStageLd = kWindowLine + kInnerPad, kBlocks = D <= 64 ? 4 : 2;  // dk and dv leave no more
   const AttentionBwdParams& p;
   const BlockPlace& place;  // of the pass
   const WindowTiles<T, D> tiles;
@@ -131,8 +131,9 @@ struct WindowStrip {
     const float lse = row < place.count ? p.lse[place.group * p.shape.M() + place.first + row] : INFINITY;
     const float offset = (fill_columns(row, part) - lse) * kLog2e;
     __syncwarp();  // the stage may be overwritten
-    strip_lines<false>(p, tiles.rows, tiles.q, first, round_up(p.shape.outer_keys(), kWindowWarpLines), stage(),
-                       [&](int line, float x) { tiles.lines[line * p.block_rows + row] = x + offset; });
+    strip_lines<false, kBlocks>(p, tiles.rows, tiles.q, first, round_up(p.shape.outer_keys(), kWindowWarpLines),
+                                stage(),
+                                [&](int line, float x) { tiles.lines[line * p.block_rows + row] = x + offset; });
     __syncwarp();  // grad may arrive
     copy(tiles.grad, p.grad);
   }
@@ -141,8 +142,8 @@ struct WindowStrip {
   __device__ __forceinline__ float fill_columns(int row, int part) const {
     const int keys_w = p.shape.axis[kW].keys;
     float* of_row = stage() + (row - first) * kStageLd;
-    strip_factors<T>(p, kW, {0, keys_w}, tiles.rows, tiles.q, first,
-                     [&](int, int to, int key, float x) { stage()[to * kStageLd + key] = x; });
+    strip_factors<T, kBlocks>(p, kW, {0, keys_w}, tiles.rows, tiles.q, first,
+                              [&](int, int to, int key, float x) { stage()[to * kStageLd + key] = x; });
     __syncwarp();
     const bool exists = row < place.count;
     float largest = -INFINITY;

@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   RELPOS_DYNAMIC_SHARED(shared);
   const AttentionFwdShared& at = p.at;
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
-  const Tile<T, D> q{reinterpret_cast<T*>(shared + at.q)};
+  const auto q = [&] { return Tile<T, D>{reinterpret_cast<T*>(shared + afresh(at.q))}; };
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
   const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
                              reinterpret_cast<float*>(shared + at.largest)};
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   if (threadIdx.x == 0) find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
   __syncthreads();
   const BlockPlace& block = *reinterpret_cast<const BlockPlace*>(shared);
-  copy_tokens(q, p.block_rows, p, block, p.q, block.first, block.count);
+  copy_tokens(q(), p.block_rows, p, block, p.q, block.first, block.count);
   cp_async_commit();
   locate_queries(p.shape, block, p.block_rows, rows);
   cp_async_wait<0>();
@@ -136,18 +136,18 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
     bias[s].first = first + s * 16;
-    lines.fill(p, rows, q, bias[s].first, stage());
+    lines.fill(p, rows, q(), bias[s].first, stage());
   }
   Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
-  StripRows<T, D, Warp::kHeld> queries(q, first);
+  StripRows<T, D, Warp::kHeld> queries(q(), first);
   const auto begin_span = [&](const Span&) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
       const float* largest = lines.largest + bias[s].row(0);  // what line factors are below
       const float of_class[2] = {-largest[0] * p.from_powers, -largest[8] * p.from_powers};
-      bias[s].fill_columns(p, span, rows, q, kNothing, of_class, stage());
+      bias[s].fill_columns(p, span, rows, q(), kNothing, of_class, stage());
     }
-    queries.hold();
+    queries.hold(q());
   };
   const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
     for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, block, first, span, tile, [&](int begin) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   };
   keys.for_each_tile(p, block, span, begin_span, absorb, [](const Span&) {});
 #pragma unroll
-  for (int s = 0; s < kStrips; ++s) mine.store(p, block, s, first + s * 16, lines.largest, q);
+  for (int s = 0; s < kStrips; ++s) mine.store(p, block, s, first + s * 16, lines.largest, q());
 }
 
 }  // namespace relpos

@@ -12,6 +12,8 @@ inline uint4 load_stream(const void* p, simt::Site site = simt::Site::current())
   return *static_cast<const uint4*>(p);
 }
 
+inline int64_t afresh(int64_t x) { return x; }
+
 // Stands for a GPU of compute capability RELPOS_EMULATED_ARCH (80 if unset).
 class OnDevice {
  public:

@@ -36,9 +36,13 @@ __device__ __forceinline__ void strip_range(const AttentionParams& p, int a, con
   high = of_axis[most * axis.keys + keys.begin];
 }
 
+// Blocks of 8 table rows that share operands of q, and a wait for memory: as many as there are registers for.
+template <int D>
+constexpr int kTableBlocks = D <= 96 ? 4 : 2;
+
 // put(half, row, key, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
-// holds: row is lane / 4 + 8 half of the strip. kBlocks of 8 table rows share operands of q, and a wait for memory.
-template <typename T, int kBlocks = 4, int D, typename F>
+// holds: row is lane / 4 + 8 half of the strip.
+template <typename T, int BLOCKS, int D, typename F>
 __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const KeyRange& keys,
                                               const Coordinates* rows, const Tile<T, D>& q, int first, F&& put) {
   const Axis& axis = p.shape.axis[a];
@@ -47,23 +51,23 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
   const int c[2] = {rows[first + lane / 4].of[a], rows[first + lane / 4 + 8].of[a]};
   int low, high;
   strip_range(p, a, keys, rows + first, low, high);
-  for (int l0 = low; l0 <= high; l0 += 8 * kBlocks) {
-    int key[kBlocks][4];  // asked for before the products, all at once: they have a long way
+  for (int l0 = low; l0 <= high; l0 += 8 * BLOCKS) {
+    int key[BLOCKS][4];  // asked for before the products, all at once: they have a long way
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n)
+    for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int l = l0 + n * 8 + lane % 4 * 2 + e % 2;
         const bool exists = c[e / 2] >= 0 && l <= high;
         key[n][e] = exists ? p.index[axis.inverse + c[e / 2] * axis.rows + l - axis.first_row] : -1;
       }
-    float acc[kBlocks][4] = {};
+    float acc[BLOCKS][4] = {};
 #pragma unroll
     for (int step = 0; step < D / 16; ++step) {
       OperandA<T> queries;
       queries.load(q, first, step);
 #pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
+      for (int n = 0; n < BLOCKS; ++n) {
         const int l = l0 + n * 8 + lane / 4;
         OperandB<T> row;
         row.load_row(table + static_cast<int64_t>(l) * p.shape.D, step * 16, p.shape.D, l <= high);
@@ -71,7 +75,7 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
       }
     }
 #pragma unroll
-    for (int n = 0; n < kBlocks; ++n)
+    for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
         if (key[n][e] >= keys.begin && key[n][e] < keys.end) put(e / 2, lane / 4 + e / 2 * 8, key[n][e], acc[n][e]);
@@ -83,8 +87,8 @@ template <typename T, int D>
 __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a, const Coordinates* rows,
                                                 const Tile<T, D>& q, int first, float (&largest)[2]) {
   float most[2] = {-INFINITY, -INFINITY};
-  strip_factors<T>(p, a, {0, p.shape.axis[a].keys}, rows, q, first,
-                   [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
+  strip_factors<T, kTableBlocks<D>>(p, a, {0, p.shape.axis[a].keys}, rows, q, first,
+                                    [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     for (int x = 1; x < 4; x *= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], x));
@@ -95,7 +99,7 @@ __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a,
 // put(line, x) for every line of keys, 0 .. lines - 1, by the two lanes (l and l + 16) of each query of a strip: x is
 // what the line adds, in powers of two, 0 for lines that do not exist. Returns the largest x there may be; with
 // RELATIVE, x is below it. `stage`: the warp's own.
-template <bool RELATIVE, typename T, int D, typename F>
+template <bool RELATIVE, int BLOCKS, typename T, int D, typename F>
 __device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
                                              int first, int lines, float* stage, F&& put) {
   const Shape& s = p.shape;
@@ -106,8 +110,8 @@ __device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coo
     const Axis& axis = s.axis[a];
     float* of_axis = stage + (a == kH ? s.axis[kT].factors() * 16 : 0);
     if (axis.rows == 0) continue;
-    strip_factors<T>(p, a, {0, axis.keys}, rows, q, first,
-                     [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x * kLog2e; });
+    strip_factors<T, BLOCKS>(p, a, {0, axis.keys}, rows, q, first,
+                             [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x * kLog2e; });
     __syncwarp();
     if constexpr (RELATIVE) {
       float most = -INFINITY;
@@ -144,16 +148,17 @@ struct LineFactors {
   __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
                                        int first, float* stage) const {
     const int row = first + threadIdx.x % 16, padded = p.keys.padded_lines;
-    const float sum = strip_lines<true>(p, rows, q, first, padded + p.keys.lines, stage, [&](int line, float x) {
-      at(line, row) = from_float<Factor<T>>(line < p.shape.outer_keys() || line >= padded ? x : -INFINITY);
-    });
+    const float sum =
+        strip_lines<true, kTableBlocks<D>>(p, rows, q, first, padded + p.keys.lines, stage, [&](int line, float x) {
+          at(line, row) = from_float<Factor<T>>(line < p.shape.outer_keys() || line >= padded ? x : -INFINITY);
+        });
     if (threadIdx.x % 32 < 16) largest[row] = sum;
     __syncwarp();  // they are there, and the stage may be overwritten
   }
 };
 
 // The bias of one strip of 16 queries and one span, as the scores of a tile lie in registers.
-template <typename T, int BLOCKS, bool ONE_LINE, int TABLE_BLOCKS = 4>
+template <typename T, int BLOCKS, bool ONE_LINE>
 struct StripBias {
   static constexpr int kLd = BLOCKS * 8 + kInnerPad;
   int first;                // query of the block
@@ -166,10 +171,10 @@ struct StripBias {
   __device__ __forceinline__ void fill_columns(const AttentionParams& p, const Span& span, const Coordinates* rows,
                                                const Tile<T, D>& q, const float (&below)[2], const float (&of_class)[2],
                                                float* stage) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, strip = static_cast<int>(afresh(first));
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
-      strip_factors<T, TABLE_BLOCKS>(p, kW, keys, rows, q, first, [&](int half, int row, int key, float x) {
+      strip_factors<T, kTableBlocks<D>>(p, kW, keys, rows, q, strip, [&](int half, int row, int key, float x) {
         stage[row * kLd + key - span.first] = (x - below[half]) * p.inverse_scale;
       });
       __syncwarp();
@@ -179,9 +184,10 @@ struct StripBias {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2;
-        const bool biased = span.of_lines && rows[row(e / 2)].of[kW] >= 0;
+        const int row = lane / 4 + e / 2 * 8;
+        const bool biased = span.of_lines && rows[strip + row].of[kW] >= 0;
         const float none = span.of_lines ? 0.f : of_class[e / 2];
-        column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[(row(e / 2) - first) * kLd + at] : none;
+        column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[row * kLd + at] : none;
       }
     __syncwarp();  // before the next strip overwrites the stage
   }

@@ -217,11 +217,11 @@ struct StripRows {
   int row;
 
   __device__ __forceinline__ StripRows(const Tile<T, D>& tile, int row) : tile(tile), row(row) {}
-  __device__ __forceinline__ void hold() {
+  __device__ __forceinline__ void hold(const Tile<T, D>& from) {
 #pragma unroll
     for (int s = 0; s < HELD; ++s)
 #pragma unroll
-      for (int step = 0; step < D / 16; ++step) held[s][step].load(tile, row + s * 16, step);
+      for (int step = 0; step < D / 16; ++step) held[s][step].load(from, row + s * 16, step);
   }
   __device__ __forceinline__ OperandA<T> operator()(int s, int step) const {
     if (s < HELD) return held[s][step];

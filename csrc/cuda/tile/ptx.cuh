@@ -81,6 +81,13 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// x; the compiler cannot know that it is the same again. What is computed from it is then computed where it is used,
+// and takes no register in the loops between.
+__device__ __forceinline__ int64_t afresh(int64_t x) {
+  asm volatile("mov.b64 %0, %0;" : "+l"(x));
+  return x;
+}
+
 // 16 bytes that are read once: they leave L1 to the table and the index.
 __device__ __forceinline__ uint4 load_stream(const void* p) {
   uint4 v;

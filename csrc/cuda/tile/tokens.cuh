@@ -44,11 +44,9 @@ __device__ __forceinline__ void locate_queries(const Shape& s, const BlockPlace&
 // Starts the copy of a row by a pair of threads, 32 bytes at a time; zeros if it does not exist.
 template <typename T, int D>
 __device__ __forceinline__ void copy_row(const Tile<T, D>& to, int row, int width, const T* from, bool exists) {
+  const int begin = static_cast<int>(afresh(threadIdx.x % 2 * Tile<T, D>::kChunk)), left = exists ? width - begin : 0;
 #pragma unroll
-  for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
-    const int chunk = 2 * i + threadIdx.x % 2, d = chunk * Tile<T, D>::kChunk;
-    cp_async_16(to.chunk(row, chunk), from + d, exists && d < width);
-  }
+  for (int d = 0; d < D; d += 2 * Tile<T, D>::kChunk) cp_async_16(to.at(row, begin) + d, from + begin + d, d < left);
 }
 
 // Starts copies of `rows` rows into a tile by `threads` threads, of which this is number `thread`. from(row) is where
