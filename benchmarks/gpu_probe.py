@@ -53,7 +53,7 @@ Probe = Callable[[str, Tensor], Tensor]  # name, words [32, in] -> words [32, ou
 
 def compile_for_gpu(library: Path, archs: Iterable[str], *more: str) -> str:
     """Returns what nvcc says."""
-    flags = ["-std=c++17", "-O3", *_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include)]
+    flags = ["-std=c++17", "-O3", *_libraries.STABLE_ABI, "-isystem", str(_toolchain.torch().include)]
     flags += [*_toolchain.gencode(tuple(archs)), "-shared", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
     command = [str(_toolchain.nvcc().path), *flags, *more, *map(str, GPU_SOURCES), "-o", str(library)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -63,7 +63,7 @@ def compile_for_gpu(library: Path, archs: Iterable[str], *more: str) -> str:
 
 
 def compile_for_emulator(library: Path) -> None:
-    flags = ["-O1", *_libraries._STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries._torch_inputs()]
+    flags = ["-O1", *_libraries.STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries.torch_inputs()]
     toolchain.compile_library(EMULATOR_SOURCES, library, extra=flags)
 
 

@@ -34,7 +34,7 @@ CUDA_DTYPES = ("float", "__half", "__nv_bfloat16")
 CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
-_STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")  # of PyTorch 2.10
+STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")  # of PyTorch 2.10
 _KERNEL_MATH = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _X86_ISAS = {
     "baseline": (),
@@ -45,6 +45,9 @@ _X86_ISAS = {
     ),
 }
 _PAIRS = (*_X86_ISAS["avx512"], "-mavx512bf16")
+# Should the compiler link its C++ runtime statically, this one stays private: another in the process has tables of its
+# own, of locales for one, and words put together by half of each end in a crash.
+_LINK = ("-Wl,--exclude-libs,ALL",)
 _OTHER_ISAS: dict[str, tuple[str, ...]] = {"baseline": ()}
 
 
@@ -113,14 +116,16 @@ def _plan() -> Library:
         title="the planner",
         filename=FILENAMES["plan"],
         units=tuple(Unit(csrc() / name, flags) for name in PLAN_SOURCES),
+        link_flags=_LINK,
         include=(csrc(),),
         system_include=(include, _toolchain.python_include()),
         versions=versions(python=sysconfig.get_config_var("EXT_SUFFIX"), pybind11=version),
     )
 
 
-def _torch_inputs() -> tuple[str, ...]:
-    libraries = ("-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed")
+def torch_inputs() -> tuple[str, ...]:
+    """libtorch, behind the C++ runtime: some builds of libtorch export parts of another one."""
+    libraries = ("-lstdc++", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed")
     return (f"-L{_toolchain.torch().lib}", *libraries)
 
 
@@ -128,7 +133,7 @@ def _cpu() -> Library:
     x86 = platform.machine() in ("x86_64", "AMD64")
     isas = _X86_ISAS if x86 else _OTHER_ISAS
     common = (*_COMMON, *_env.CXXFLAGS())
-    dispatching = (*common, "-O3", *_STABLE_ABI, *(("-DRELPOS_HAVE_X86_ISAS",) if x86 else ()))
+    dispatching = (*common, "-O3", *STABLE_ABI, *(("-DRELPOS_HAVE_X86_ISAS",) if x86 else ()))
     units = [Unit(csrc() / name, dispatching) for name in CPU_SOURCES]
     for name in CPU_KERNELS:
         for isa, flags in isas.items():
@@ -140,7 +145,8 @@ def _cpu() -> Library:
         title="the CPU kernels",
         filename=FILENAMES["cpu"],
         units=tuple(units),
-        link_inputs=_torch_inputs(),
+        link_flags=_LINK,
+        link_inputs=torch_inputs(),
         include=(csrc(),),
         system_include=(_toolchain.torch().include,),
         versions=versions(),
@@ -151,7 +157,7 @@ def _cuda() -> Library:
     nvcc = _toolchain.nvcc()
     archs = _toolchain.archs()
     flags = (
-        *("-std=c++17", "-O3", *_STABLE_ABI, "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-v"),
+        *("-std=c++17", "-O3", *STABLE_ABI, "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-v"),
         *("-Xcompiler", "-fPIC,-fvisibility=hidden", *_toolchain.gencode(archs), *_env.NVCCFLAGS()),
     )
     host_flags = (*_COMMON, "-O2", *_env.CXXFLAGS())
@@ -164,9 +170,9 @@ def _cuda() -> Library:
         title="the CUDA kernels",
         filename=FILENAMES["cuda"],
         units=tuple(units),
-        link_flags=("-ldl", "-lrt", "-lpthread"),
+        link_flags=(*_LINK, "-ldl", "-lrt", "-lpthread"),
         # g++ links: nvcc -shared would add a device-link stub for its default architecture.
-        link_inputs=(*_torch_inputs(), str(nvcc.static_runtime())),
+        link_inputs=(*torch_inputs(), str(nvcc.static_runtime())),
         include=(csrc(),),
         system_include=(_toolchain.torch().include,),
         archs=archs,

@@ -88,19 +88,9 @@ def compile_tree(root: Path, library: Path, sanitizer: toolchain.Sanitizer = too
 
 
 def _flags() -> list[str]:
-    torch_root = Path(torch.__file__).parent
-    return [
-        f"-DRELPOS_OPS={NAMESPACE}",
-        "-DRELPOS_DEVICE=CPU",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000",
-        "-DTORCH_STABLE_ONLY",
-        "-isystem",
-        str(torch_root / "include"),
-        f"-L{torch_root / 'lib'}",
-        "-Wl,--no-as-needed",
-        "-ltorch",
-        "-ltorch_cpu",
-    ]
+    include = str(Path(torch.__file__).parent / "include")
+    ops = (f"-DRELPOS_OPS={NAMESPACE}", "-DRELPOS_DEVICE=CPU")
+    return [*ops, *_libraries.STABLE_ABI, "-isystem", include, *_libraries.torch_inputs()]
 
 
 def _digest() -> str:

@@ -16,9 +16,7 @@
 //            products are of pairs: the operands of a strip and a block, packed.
 //   order    parts depend on the sizes of the problem only, and are added in order; table gradients are summed
 //            in fixed slices of tasks. The number of threads changes nothing.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+#include "../boundary.h"
 #include "attention.h"
 
 namespace relpos {
@@ -182,7 +180,7 @@ void backward(const Backward<E>& p, std::optional<Tensor>& dtable, const Tensor&
   const int64_t tasks = s.groups * parts, slices = std::min(kSlices, tasks);
   const int64_t slice_size = s.table_rows() * p.d_padded, keys_size = 2 * s.N() * p.d_padded;
   const Buffer<C> partial(dtable ? slices * slice_size : 0), kept(parts > 1 ? tasks * keys_size : 0);
-  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     BackwardScratch<E> mine(p, tiles.max_queries());
     const Buffer<C> own(parts > 1 ? 0 : keys_size);
     for (int64_t task = tasks * begin / slices; task < tasks * end / slices; ++task) {
@@ -198,7 +196,7 @@ void backward(const Backward<E>& p, std::optional<Tensor>& dtable, const Tensor&
     }
   });
   if (parts > 1)
-    torch::stable::parallel_for(0, s.groups, 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, s.groups, 1, [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) store_key_gradients(p, g, parts, kept.get() + g * parts * keys_size);
     });
   if (dtable) sum_slices(p, partial.get(), slices, *dtable);
@@ -235,7 +233,7 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_bwd", TORCH_BOX(&attention_bwd)); }
+STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_bwd", boxed<&attention_bwd>); }
 
 }  // namespace
 }  // namespace relpos

@@ -16,9 +16,7 @@
 //            and group, as operands of products, and read by every strip.
 //   order    blocks of keys one after another, with the softmax of FlashAttention: what is there shrinks by
 //            e^(largest before - largest now). Everything of one tile is done by one thread.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
+#include "../boundary.h"
 #include "attention.h"
 
 namespace relpos {
@@ -82,7 +80,7 @@ void forward(const Attention<E>& p, const Tensor& table, const int32_t* index, c
   AxisRows<C> axes[kAxes];
   arrange_all(p.shape, index, all.get(), true, axes);
   const QueryTiles tiles(p.shape);
-  torch::stable::parallel_for(0, p.shape.groups * tiles.per_group(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.shape.groups * tiles.per_group(), 1, [&](int64_t begin, int64_t end) {
     ForwardScratch<E> mine(p, tiles.max_queries());
     for (int64_t i = begin; i < end; ++i)
       forward_tile(p, tiles.get(i / tiles.per_group(), i % tiles.per_group()), axes, mine, out, lse);
@@ -107,7 +105,7 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
   });
 }
 
-STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_fwd", TORCH_BOX(&attention_fwd)); }
+STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) { m.impl("attention_fwd", boxed<&attention_fwd>); }
 
 }  // namespace
 

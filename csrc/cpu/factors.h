@@ -10,14 +10,13 @@
 // is not copied out. Table gradients are summed in a fixed number of slices, in a fixed order: the result
 // does not depend on the number of threads.
 #pragma once
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 
 #include "../checks.h"
 #include "isa.h"
 #include "logits_kernels.h"
+#include "parallel.h"
 #include "tiles.h"
 
 namespace relpos {
@@ -177,7 +176,7 @@ void sum_slices(const Problem<C>& p, const C* partial, int64_t slices, Tensor& d
   const int64_t slice_size = s.table_rows() * p.d_padded;
   const Dtype dtype = dtype_of("dtable", dtable);
   char* dtable_data = static_cast<char*>(dtable.mutable_data_ptr());
-  torch::stable::parallel_for(0, s.table_rows(), 16, [&](int64_t begin, int64_t end) {
+  parallel_for(0, s.table_rows(), 16, [&](int64_t begin, int64_t end) {
     const Buffer<C> sum(p.d_padded);
     for (int64_t r = begin; r < end; ++r) {
       int a = kT;

@@ -6,12 +6,10 @@
 //              dR[c,i] = sum over queries m with coordinate c of d[m, i] * q[m]
 //
 // Factors, and what follows from their gradients: factors.h.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-
 #include <algorithm>
 #include <cstring>
 
+#include "../boundary.h"
 #include "factors.h"
 
 namespace relpos {
@@ -59,7 +57,7 @@ void forward(const LogitsProblem<C>& p, Tensor& out, const Tensor& logits, const
   AxisRows<C> axes[kAxes];
   arrange_all(s, index, all.get(), true, axes);
   const Tiling tiles(s);
-  torch::stable::parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
     const Scratch<C> mine(p, tiles.max_queries());
     for (int64_t i = begin; i < end; ++i) forward_tile(p, tiles[i], axes, mine, dst, src);
   });
@@ -108,7 +106,7 @@ void backward(const LogitsProblem<C>& p, const Tensor& grad, std::optional<Tenso
   const Tiling tiles(s);
   const int64_t slices = std::min(kSlices, tiles.count()), slice_size = s.table_rows() * p.d_padded;
   const Buffer<C> partial(dtable ? slices * slice_size : 0);
-  torch::stable::parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, slices, 1, [&](int64_t begin, int64_t end) {
     const Scratch<C> mine(p, tiles.max_queries());
     const Buffer<C> block(longest_axis(s) * p.d_padded);
     for (int64_t slice = begin; slice < end; ++slice)
@@ -178,8 +176,8 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) {
-  m.impl("logits_fwd", TORCH_BOX(&logits_fwd));
-  m.impl("logits_bwd", TORCH_BOX(&logits_bwd));
+  m.impl("logits_fwd", boxed<&logits_fwd>);
+  m.impl("logits_bwd", boxed<&logits_bwd>);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // attention.cu - the attention ops on the GPU: check, fill params, plan, launch one kernel after another.
-#include <torch/csrc/stable/library.h>
-
+#include "../boundary.h"
 #include "attention.h"
 #include "table_grad.h"
 
@@ -133,8 +132,8 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
 }
 
 STABLE_TORCH_LIBRARY_IMPL(RELPOS_OPS, RELPOS_DEVICE, m) {
-  m.impl("attention_fwd", TORCH_BOX(&attention_fwd));
-  m.impl("attention_bwd", TORCH_BOX(&attention_bwd));
+  m.impl("attention_fwd", boxed<&attention_fwd>);
+  m.impl("attention_bwd", boxed<&attention_bwd>);
 }
 
 }  // namespace

@@ -1,6 +1,5 @@
 // logits.cu - the logits ops on the GPU: check, fill params, plan, launch.
-#include <torch/csrc/stable/library.h>
-
+#include "../boundary.h"
 #include "../checks.h"
 #include "../plan.h"
 #include "dispatch.h"
@@ -96,8 +95,8 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
 }
 
 STABLE_TORCH_LIBRARY_IMPL(RELPOS_OPS, RELPOS_DEVICE, m) {
-  m.impl("logits_fwd", TORCH_BOX(&logits_fwd));
-  m.impl("logits_bwd", TORCH_BOX(&logits_bwd));
+  m.impl("logits_fwd", boxed<&logits_fwd>);
+  m.impl("logits_bwd", boxed<&logits_bwd>);
 }
 
 }  // namespace
