@@ -87,7 +87,7 @@ class AttentionFunction(torch.autograd.Function):
         lse = None
         if wants_gradients:
             lse = torch.empty((q.shape[:-2].numel(), q.shape[-2]), dtype=_wide(q.dtype), device=q.device)
-        rows = [_rows_for_attention(t) for t in (q, k, v)]
+        rows = [_with_contiguous_rows(t) for t in (q, k, v)]
         run = _ops.attention_fwd if native else _fallback_attention.attention_fwd
         run(out, lse, *rows, table.to(q.dtype), index, *problem, scale)
         return out, lse
@@ -113,7 +113,7 @@ class AttentionFunction(torch.autograd.Function):
             *_work_spaces(q, q_size, k_size, needs[3]),
             *_factor_cache(q, q_size, k_size, prefix, needs[1] or needs[2]),
         )
-        rows = [_rows_for_attention(t) for t in (grad, q, k, v, out)]
+        rows = [_with_contiguous_rows(t) for t in (grad, q, k, v, out)]
         native = support.fused(q, q_size, k_size, prefix, "attention", scale)
         run = _ops.attention_bwd if native else _fallback_attention.attention_bwd
         run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, *ctx.problem)
@@ -143,15 +143,6 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 def _with_contiguous_rows(q: Tensor) -> Tensor:
     return q if q.stride(-1) == 1 or q.shape[-1] == 1 else q.contiguous()
-
-
-def _rows_for_attention(q: Tensor) -> Tensor:
-    """Itself, but where CUDA kernels could not read it by vectors of 16 bytes: an odd view, no tensor of a model."""
-    q = _with_contiguous_rows(q)
-    if not _needs_work_spaces(q):
-        return q
-    lengths = (q.storage_offset(), *q.stride()[:-1])
-    return q if all(n * q.element_size() % 16 == 0 for n in lengths) else q.clone(memory_format=torch.contiguous_format)
 
 
 def _dense(logits: Tensor) -> Tensor:

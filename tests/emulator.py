@@ -53,7 +53,7 @@ def _fused(
         return True
     head_dim = q.shape[-1]
     scale = head_dim**-0.5 if scale is None else scale
-    return not support.refusal(torch.device("cuda"), q.dtype, q_size, k_size, head_dim, prefix, op, scale)
+    return not support._constant(torch.device("cuda"), q.dtype, q_size, k_size, head_dim, prefix, op, scale)
 
 
 @functools.cache

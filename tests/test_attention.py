@@ -188,7 +188,11 @@ def with_odd_row_stride(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [*(torch.nn.functional.pad(t, (1, 2))[..., 1:-2] for t in tensors[:3]), *tensors[3:]]
 
 
-@pytest.mark.parametrize("layout", [packed, with_strided_last_axis, with_odd_row_stride])
+def with_odd_start(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [*(torch.cat([t.new_zeros(1), t.flatten()])[1:].view_as(t) for t in tensors[:3]), *tensors[3:]]
+
+
+@pytest.mark.parametrize("layout", [packed, with_strided_last_axis, with_odd_row_stride, with_odd_start])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides(layout, dtype: torch.dtype, device: str):
     problem = same("strided", 4, 8, 16, batch=2, heads=3)

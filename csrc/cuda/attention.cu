@@ -1,4 +1,6 @@
 // attention.cu - the attention ops on the GPU: check, fill params, plan, launch one kernel after another.
+#include <torch/csrc/stable/ops.h>
+
 #include "../boundary.h"
 #include "attention.h"
 #include "table_grad.h"
@@ -11,7 +13,16 @@
 namespace relpos {
 namespace {
 
-// Kernels read and write rows by vectors of 16 bytes.
+// Kernels read and write rows by vectors of 16 bytes. A view that starts or steps at odd places is copied: here, since
+// what is traced ahead of the call does not know where its tensors will start.
+Tensor in_vectors(const Tensor& t) {
+  bool fits = is_aligned(t.const_data_ptr(), 16);
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) fits = fits && t.stride(i) * t.element_size() % 16 == 0;
+  if (fits) return t;
+  Tensor copy = torch::stable::new_empty(t, t.sizes());
+  return torch::stable::copy_(copy, t);
+}
+
 template <typename Data>
 TokenRows<Data> aligned_rows(const char* name, Data data, const QueryStrides& strides, int64_t bytes) {
   const bool aligned = is_aligned(data, 16) && strides.batch * bytes % 16 == 0 && strides.head * bytes % 16 == 0 &&
@@ -70,9 +81,10 @@ void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tenso
   p.lines = lines->mutable_data_ptr<float>();
 }
 
-void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const Tensor& table, const Tensor& index, std::vector<int64_t> q_size, std::vector<int64_t> k_size,
-                   int64_t prefix, double scale) {
+void attention_fwd(Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v, const Tensor& table,
+                   const Tensor& index, std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix,
+                   double scale) {
+  for (Tensor* t : {&q, &k, &v}) *t = in_vectors(*t);
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   if (lse) check_buffer("lse", *lse, q, ScalarType::Float, s.rows());
@@ -90,11 +102,12 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
 }
 
 void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,
-                   std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q, const Tensor& k, const Tensor& v,
-                   const Tensor& out, const Tensor& lse, const Tensor& table, const Tensor& index,
-                   const std::optional<Tensor>& factors, const std::optional<Tensor>& partials,
-                   const std::optional<Tensor>& columns, const std::optional<Tensor>& lines,
-                   std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix, double scale) {
+                   std::optional<Tensor> dtable, Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out,
+                   const Tensor& lse, const Tensor& table, const Tensor& index, const std::optional<Tensor>& factors,
+                   const std::optional<Tensor>& partials, const std::optional<Tensor>& columns,
+                   const std::optional<Tensor>& lines, std::vector<int64_t> q_size, std::vector<int64_t> k_size,
+                   int64_t prefix, double scale) {
+  for (Tensor* t : {&grad, &q, &k, &v, &out}) *t = in_vectors(*t);
   QueryStrides strides;
   const Shape s = check_problem(q, table, index, q_size, k_size, prefix, strides);
   check_buffer("lse", lse, q, ScalarType::Float, s.rows());
