@@ -127,36 +127,6 @@ def test_warp_functions(shim: Shim):
         assert xor == lane ^ 5
 
 
-@pytest.mark.parametrize("through_ldmatrix", [0, 1])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_mma_is_a_matrix_product(shim: Shim, dtype: torch.dtype, through_ldmatrix: int):
-    torch.manual_seed(0)
-    a, b = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype)
-    name = f"matmul {str(dtype).removeprefix('torch.')}"
-    got = shim(name, torch.cat([a.flatten(), b.flatten()]), torch.zeros(16, 8), through_ldmatrix)
-    assert torch.equal(got, (a.double() @ b.double()).float())
-    assert shim.count("mma") == 1 and shim.count("ldmatrix") == 2 * through_ldmatrix
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_mma_takes_numbers_of_every_kind(shim: Shim, dtype: torch.dtype):
-    a, b = torch.zeros(16, 16, dtype=dtype), torch.zeros(16, 8, dtype=dtype)
-    kind = torch.finfo(dtype)
-    some = [0, -0.0, torch.inf, -torch.inf, torch.nan, kind.max, kind.min, kind.tiny, kind.tiny / 4, kind.tiny * 0.75]
-    a[:10, 0], b[0] = torch.tensor(some, dtype=torch.float64).to(dtype), 1
-    got = shim(f"matmul {str(dtype).removeprefix('torch.')}", torch.cat([a.flatten(), b.flatten()]), torch.zeros(16, 8))
-    torch.testing.assert_close(got, a[:, :1].float().expand(16, 8), rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("fault", ["", "ignored bits"])
-def test_mma_of_tf32_is_a_matrix_product(shim: Shim, fault: str):
-    torch.manual_seed(0)
-    a, b = ((torch.randn(*shape) * 2**8).round() / 2**8 for shape in ((16, 8), (8, 8)))  # tf32 has all their bits
-    got = shim("matmul tf32", torch.cat([a.flatten(), b.flatten()]), torch.zeros(16, 8), fault=fault)
-    assert torch.equal(got, (a.double() @ b.double()).float())
-    assert shim.count("mma") == 1
-
-
 def test_conversion_to_tf32_and_exp2(shim: Shim):
     nan, inf, half = torch.nan, torch.inf, 2**-11
     x = torch.tensor([1 + half, -1 - half, 1 + half - 2**-23, 2 - half, -inf, nan, -126, -126.5])

@@ -50,6 +50,7 @@ std::string error;
 Thread host;
 bool async_proxy;
 std::mt19937 rng;
+Adder adder;
 uint32_t shared_window;
 
 // ---- messages
@@ -147,11 +148,14 @@ void read_environment() {
     return std::string(v ? v : otherwise);
   };
   const std::string s = value("SIMT_SCHED", "fifo"), c = value("SIMT_ASYNC", "late"), p = value("SIMT_PROXY", "0");
+  const std::string m = value("SIMT_MMA", "sm80");
   if (s != "fifo" && s != "lifo" && s != "random") stop("SIMT_SCHED: fifo, lifo or random");
   if (c != "late" && c != "early" && c != "random") stop("SIMT_ASYNC: late, early or random");
+  if (m != "sm80" && m != "sm90" && m != "exact") stop("SIMT_MMA: sm80, sm90 or exact");
   if (p != "0" && p != "1") stop("SIMT_PROXY: 0 or 1");
   schedule = s == "lifo" ? kLifo : s == "random" ? kRandom : kFifo;
   arrival = c == "early" ? kEarly : c == "random" ? kEither : kLate, async_proxy = p == "1";
+  adder = m == "sm80" ? Adder{2, 24} : m == "sm90" ? Adder{1, 25} : Adder{};
   rng.seed(static_cast<unsigned>(std::atoi(value("SIMT_SEED", "0").c_str())));
 }
 

@@ -24,6 +24,12 @@ struct Thread : Fiber {  // its fiber serves one block after the other
   int groups = 0;  // of copies, committed so far
 };
 
+// How tensor cores add: the products of an instruction in so many parts, one after the other, each with the sum so far.
+// Every summand is cut off so many bits below the largest exponent, the sum of a part to the 24 bits of a float.
+struct Adder {
+  int parts, bits;  // no parts: exact sum, one rounding
+};
+
 struct Gate {  // those who wait for the same thing
   std::vector<Thread*> waiting{};
   const Op* op = nullptr;
@@ -37,6 +43,7 @@ struct Gate {  // those who wait for the same thing
 extern Thread host;
 extern bool async_proxy;
 extern std::mt19937 rng;
+extern Adder adder;
 
 std::string text(const char* format, ...) __attribute__((format(printf, 1, 2)));
 std::string where(const Site& site);

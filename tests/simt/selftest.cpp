@@ -90,7 +90,7 @@ __global__ void warp_kernel(Params p) {
   atomicAdd(static_cast<int*>(p.out) + 7 * blockDim.x, 1);
 }
 
-// d = a b for a [16, 16], b [16, 8] in T, d in float; in holds a then b, row after row.
+// d += a b for a [16, 16], b [16, 8] in T, d in float; in holds a then b, row after row.
 // The fragments follow the formulas of the PTX ISA, or come through ldmatrix.
 template <typename T>
 __global__ void matmul_kernel(Params p) {
@@ -100,7 +100,10 @@ __global__ void matmul_kernel(Params p) {
   const int lane = thread(), group = lane >> 2, in_group = lane % 4;
   T a_regs[8], b_regs[4];
   uint32_t ra[4], rb[2];
-  float d[4] = {};
+  float d[4];
+  const auto of_d = [&](int i) {
+    return static_cast<float*>(p.out) + (i < 2 ? group : group + 8) * 8 + in_group * 2 + i % 2;
+  };
 
   for (int i = 0; i < 8; ++i) {
     const int row = i < 2 || (4 <= i && i < 6) ? group : group + 8;
@@ -110,6 +113,7 @@ __global__ void matmul_kernel(Params p) {
   for (int i = 0; i < 4; ++i) {
     const int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
     b_regs[i] = b[row * 8 + group];
+    d[i] = *of_d(i);
   }
   std::memcpy(ra, a_regs, sizeof ra), std::memcpy(rb, b_regs, sizeof rb);
 
@@ -122,8 +126,7 @@ __global__ void matmul_kernel(Params p) {
   }
   if (p.fault == "half a warp" && lane >= 16) return;
   relpos::mma_m16n8k16<T>(d, ra, rb);  // line: mma
-  for (int i = 0; i < 4; ++i)
-    static_cast<float*>(p.out)[(i < 2 ? group : group + 8) * 8 + in_group * 2 + (i & 1)] = d[i];
+  for (int i = 0; i < 4; ++i) *of_d(i) = d[i];
 }
 
 // d = a b for a [16, 8], b [8, 8] in float32, rounded to tf32.

@@ -4,6 +4,8 @@
 // shared memory.
 #include "sm80.h"
 
+#include <algorithm>
+
 #include "machine.h"
 
 namespace simt {
@@ -11,9 +13,12 @@ namespace {
 
 // ---- products: d += a b on 16 x K, K x 8 and 16 x 8 elements
 
+constexpr int kLeastOfFloat = -126;  // exponent
+
 // Bits to values, without a branch, so that the compiler converts many at once.
 struct Float16 {
   using Bits = uint16_t;
+  static constexpr int kLeastExponent = -14;
   static float value(Bits x) {
     const uint32_t magnitude = uint32_t{x & 0x7fffu} << 13, sign = uint32_t{x & 0x8000u} << 16;
     const auto finite = __builtin_bit_cast(uint32_t, __builtin_bit_cast(float, magnitude) * 0x1p112f);
@@ -22,22 +27,28 @@ struct Float16 {
 };
 struct Bfloat16 {
   using Bits = uint16_t;
+  static constexpr int kLeastExponent = kLeastOfFloat;
   static float value(Bits x) { return __builtin_bit_cast(float, uint32_t{x} << 16); }
 };
 struct Tf32 {
   using Bits = uint32_t;
+  static constexpr int kLeastExponent = kLeastOfFloat;
   static float value(Bits x) {
     const uint32_t counts = x & kTf32Bits;
     return __builtin_bit_cast(float, counts);
   }
 };
 
+// Of eight columns.
+using Row = double __attribute__((vector_size(64)));
+using RowBits = int64_t __attribute__((vector_size(64)));
+using RowExponents = int32_t __attribute__((vector_size(32)));
+
 // d += a b for d [16, 8].
 #ifdef __x86_64__
 __attribute__((target_clones("default", "arch=haswell")))
 #endif
 void add_product(const double* a, const double* b, int depth, double* d) {
-  using Row = double __attribute__((vector_size(64)));
   const auto at = [](const double* p) { return *reinterpret_cast<const Row*>(p); };
   for (int i = 0; i < 16; i += 4) {  // four sums under way at once
     Row sum[4];
@@ -48,8 +59,51 @@ void add_product(const double* a, const double* b, int depth, double* d) {
   }
 }
 
+// Exponents of a [16, K] or b [K, 8], that of a subnormal number the least there is, that of zero none.
+struct Exponents {
+  alignas(64) int32_t of[16 * 16];
+
+  Exponents(const double* x, int count, int least) {
+    for (int i = 0; i < count; ++i) {
+      const int biased = static_cast<int>(__builtin_bit_cast(uint64_t, x[i]) >> 52 & 0x7ff);
+      of[i] = biased == 0 ? -10000 : std::max(biased - 1023, least);
+    }
+  }
+};
+
+// As add_product, cut off as tensor cores do. Where a result is not finite, neither is the exact one.
+#ifdef __x86_64__
+__attribute__((target_clones("default", "arch=haswell")))
+#endif
+void add_truncated(const double* a, const Exponents& of_a, const double* b, const Exponents& of_b, int depth,
+                   const Adder& adder, double* d) {
+  const auto row = [](const double* p) { return *reinterpret_cast<const Row*>(p); };
+  const auto exponents = [](const int32_t* p) { return *reinterpret_cast<const RowExponents*>(p); };
+  const auto larger = [](RowExponents x, RowExponents y) { return x > y ? x : y; };
+  const auto power_of_2 = [](RowExponents x) {
+    return __builtin_bit_cast(Row, __builtin_convertvector(x + 1023, RowBits) << 52);
+  };
+  const auto truncated = [](Row x) { return __builtin_convertvector(__builtin_convertvector(x, RowExponents), Row); };
+  const int at_once = depth / adder.parts;
+  for (int i = 0; i < 16; ++i) {
+    Row sum = row(d + 8 * i);
+    for (int k0 = 0; k0 < depth; k0 += at_once) {
+      const RowBits of_sum = (__builtin_bit_cast(RowBits, sum) >> 52 & 0x7ff) - 1023;
+      RowExponents largest = larger(__builtin_convertvector(of_sum, RowExponents), RowExponents{} + kLeastOfFloat);
+      for (int k = k0; k < k0 + at_once; ++k)
+        largest = larger(largest, of_a.of[i * depth + k] + exponents(of_b.of + 8 * k));
+      const Row scale = power_of_2(adder.bits - largest);
+      sum = truncated(sum * scale);
+      for (int k = k0; k < k0 + at_once; ++k) sum += truncated(a[i * depth + k] * scale * row(b + 8 * k));
+      sum *= power_of_2(largest - adder.bits);
+      sum = __builtin_bit_cast(Row, __builtin_bit_cast(RowBits, sum) & -(int64_t{1} << 29));  // 24 bits remain
+    }
+    std::memcpy(d + 8 * i, &sum, sizeof sum);
+  }
+}
+
 // Lane 4 i + j holds word j of row i of each 8 x 4 words of a and of d, of column i of each 4 x 8 words of b; a word of
-// d is two floats. The sums run over k as the lanes hold it, which is another order than in memory.
+// d is two floats.
 template <typename T>
 void multiply_as(Slots& warp) {
   using Bits = typename T::Bits;
@@ -58,21 +112,28 @@ void multiply_as(Slots& warp) {
   for (int l = 0; l < warpSize; ++l) {
     const auto& lane = warp.at<Fragments>(l);
     for (int h = 0; h < 2; ++h) {
-      const int k = (l % 4 * 2 + h) * kPerWord;
+      const int k = (l % 4 + h * 4) * kPerWord;
       std::memcpy(&a_bits[l / 4 * kDepth + k], &lane.a[2 * h], sizeof(uint32_t));
       std::memcpy(&a_bits[(l / 4 + 8) * kDepth + k], &lane.a[2 * h + 1], sizeof(uint32_t));
       for (int i = 0; i < kPerWord; ++i) b_bits[(k + i) * 8 + l / 4] = static_cast<Bits>(lane.b[h] >> 16 * i);
     }
   }
-  alignas(64) double a[16 * kDepth], b[kDepth * 8], d[16 * 8];
+  alignas(64) double a[16 * kDepth], b[kDepth * 8], d[16 * 8], exact[16 * 8];
   for (int i = 0; i < 16 * kDepth; ++i) a[i] = T::value(a_bits[i]);
   for (int i = 0; i < 8 * kDepth; ++i) b[i] = T::value(b_bits[i]);
-  const auto at = [&](int l, int r) -> double& { return d[(l / 4 + r / 2 * 8) * 8 + l % 4 * 2 + r % 2]; };
+  const auto place = [](int l, int r) { return (l / 4 + r / 2 * 8) * 8 + l % 4 * 2 + r % 2; };
   for (int l = 0; l < warpSize; ++l)
-    for (int r = 0; r < 4; ++r) at(l, r) = warp.at<Fragments>(l).d[r];
-  add_product(a, b, kDepth, d);
+    for (int r = 0; r < 4; ++r) d[place(l, r)] = warp.at<Fragments>(l).d[r];
+  std::memcpy(exact, d, sizeof d);
+  add_product(a, b, kDepth, exact);
+  if (adder.parts > 0)
+    add_truncated(a, {a, 16 * kDepth, T::kLeastExponent}, b, {b, 8 * kDepth, T::kLeastExponent}, kDepth, adder, d);
   for (int l = 0; l < warpSize; ++l)
-    for (int r = 0; r < 4; ++r) warp.at<Fragments>(l).d[r] = static_cast<float>(at(l, r));
+    for (int r = 0; r < 4; ++r) {
+      const double sum = exact[place(l, r)];
+      const bool truncates = adder.parts > 0 && std::isfinite(sum);
+      warp.at<Fragments>(l).d[r] = static_cast<float>(truncates ? d[place(l, r)] : sum);
+    }
 }
 
 }  // namespace
