@@ -215,9 +215,9 @@ struct AttentionBwdKeys {
                                          const Tile<T, D>& k, const Tile<T, D>& v, int statistics_ld, F&& also) {
     float score[STRIPS][PART][4], dp[STRIPS][PART][4] = {};
     start(score, blocks, tile, begin);
-    add_products<true>(score, StripRows<T, D, 0>(k, first), tile.q,
-                       begin);  // the scores of attention_bwd_queries.cuh to the last bit
-    add_products(dp, StripRows<T, D, 0>(v, first), tile.grad, begin);
+    // Swapped: the scores of attention_bwd_queries.cuh to the last bit.
+    add_products<true>(score, StripRows<T, D, 0>(k, first), tile.q, begin, p.shape.D);
+    add_products(dp, StripRows<T, D, 0>(v, first), tile.grad, begin, p.shape.D);
 #pragma unroll
     for (int j = 0; j < PART; ++j) {
       const int m = begin + j * 8 + threadIdx.x % 4 * 2;
@@ -236,9 +236,9 @@ struct AttentionBwdKeys {
           d[0] = x[0] * (d[0] - delta.x), d[1] = x[1] * (d[1] - delta.y);
         }
     }
-    add_weighted(dv, score, tile.grad, begin);
+    add_weighted(dv, score, tile.grad, begin, p.shape.D);
     also(dp);
-    add_weighted(dk, dp, tile.q, begin);
+    add_weighted(dk, dp, tile.q, begin, p.shape.D);
   }
 
   // Through the warp's own rows of a tile; token(slot of the block) is -1 if there is none. No barrier comes before: a

@@ -127,7 +127,7 @@ struct AttentionBwdQueries {
                                         float (&dp)[1][kPart][4]) const {
     float line[kPart][2];
     bias.start(p, lines, span, tile, begin, weight[0], line);
-    add_products(weight, q, k, begin * 8);
+    add_products(weight, q, k, begin * 8, p.shape.D);
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
@@ -136,7 +136,7 @@ struct AttentionBwdQueries {
         if constexpr (sizeof(T) == 4) weight[0][j][e] *= factor[e / 2];
         dp[0][j][e] = 0.f;
       }
-    add_products(dp, grad, v, begin * 8);
+    add_products(dp, grad, v, begin * 8, p.shape.D);
   }
 
   __device__ __forceinline__ void absorb(const Span& span, int tile, int begin, const LineFactors<T>& lines,
@@ -152,7 +152,7 @@ struct AttentionBwdQueries {
         dcolumn[begin + j][e] += dp[0][j][e];
         if (kLineInTile) dline[e / 2] += dp[0][j][e];
       }
-    add_weighted(dq, dp, k, begin * 8);
+    add_weighted(dq, dp, k, begin * 8, p.shape.D);
     if (!kLineInTile && span.of_lines) add_lines(tile, begin, dlines, dp[0]);
   }
 

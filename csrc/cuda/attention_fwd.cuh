@@ -38,19 +38,19 @@ struct AttentionFwd {
   }
 
   // Scores, and what their lines add; returns with weights in their place.
-  __device__ __forceinline__ void absorb(float (&score)[kStrips][kPart][4], const float (&line)[kStrips][kPart][2],
-                                         float to_powers, const Tile<T, D>& v, int v_row) {
-    renew_reference(score, line, to_powers);
+  __device__ __forceinline__ void absorb(const AttentionFwdParams& p, float (&score)[kStrips][kPart][4],
+                                         const float (&line)[kStrips][kPart][2], const Tile<T, D>& v, int v_row) {
+    renew_reference(score, line, p.to_powers);
 #pragma unroll
     for (int s = 0; s < kStrips; ++s)
 #pragma unroll
       for (int j = 0; j < kPart; ++j)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          score[s][j][e] = exp2_approx(fmaf(score[s][j][e], to_powers, line[s][j][e / 2] - reference[s][e / 2]));
+          score[s][j][e] = exp2_approx(fmaf(score[s][j][e], p.to_powers, line[s][j][e / 2] - reference[s][e / 2]));
           sum[s][e / 2] += score[s][j][e];
         }
-    add_weighted(out, score, v, v_row);
+    add_weighted(out, score, v, v_row, p.shape.D);
   }
 
   __device__ __forceinline__ void renew_reference(const float (&score)[kStrips][kPart][4],
@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
       float score[kStrips][Warp::kPart][4], line[kStrips][Warp::kPart][2];
 #pragma unroll
       for (int s = 0; s < kStrips; ++s) bias[s].start(p, lines, span, tile, begin, score[s], line[s]);
-      add_products(score, queries, k, begin * 8);
-      mine.absorb(score, line, p.to_powers, v, begin * 8);
+      add_products(score, queries, k, begin * 8, p.shape.D);
+      mine.absorb(p, score, line, v, begin * 8);
     });
   };
   keys.for_each_tile(p, block, span, begin_span, absorb, [](const Span&) {});

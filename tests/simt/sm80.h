@@ -1,6 +1,7 @@
 // sm80.h - csrc/cuda/tile/ptx.cuh emulated, the part that every architecture has: mma, ldmatrix, cp.async, conversions.
 //
-// Not modelled: the rounding inside mma (here: exact products and sum, one rounding).
+// Sums of mma are cut off as published of the tensor cores of sm_80 (SIMT_MMA=sm80, the default) or sm_90 (sm90); or
+// products and sum are exact, and rounded once (exact).
 #pragma once
 
 #include "simt.h"

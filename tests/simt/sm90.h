@@ -6,6 +6,7 @@
 //
 // Shared addresses, by which copies are swizzled, begin at 1024 if the kernel asked for that alignment; at 1040 if not.
 // Whatever touches the kernel's memory is in this file, where a race detector sees it; the books are in sm90.cpp.
+// Not modelled: the rounding inside wgmma (here: exact products and sum, one rounding).
 #pragma once
 
 #include <functional>

@@ -76,6 +76,7 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
     __syncwarp();
 #pragma unroll
     for (int d = 0; d < D / 8; d += 2) {
+      if (ends_before<T>(d, p.shape.D)) break;
       OperandB<T> columns[2];
       load_straight(columns, table_rows, 0, d);
 #pragma unroll

@@ -62,8 +62,8 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
         key[n][e] = exists ? p.index[axis.inverse + c[e / 2] * axis.rows + l - axis.first_row] : -1;
       }
     float acc[BLOCKS][4] = {};
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
+#pragma unroll(kStepsUnrolled<T, D>)
+    for (int step = 0; step < steps_of<T, D>(p.shape.D); ++step) {
       OperandA<T> queries;
       queries.load(q, first, step);
 #pragma unroll

@@ -7,7 +7,8 @@
 //   of acc   rows g, g + 8 (elements 0, 1 and 2, 3)   columns 2t, 2t + 1
 //
 // so that two neighbouring blocks of an acc are an a. Half precision is one instruction. float32 is split in three
-// bfloat16, largest first: six products, an error below 2^-25 of each.
+// bfloat16, largest first: six products, an error below 2^-25 of each. They are summed by themselves and then added:
+// tensor cores cut sums off instead of rounding them, which over many steps is more than float32 allows.
 #pragma once
 #include "../../plan_attention.h"
 #include "copy.cuh"
@@ -177,22 +178,38 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<T>& a, 
 }
 template <bool SWAPPED = false>
 __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<float>& a, const OperandB<float>& b) {
+  float sum[4] = {};
 #pragma unroll
   for (int order = 2; order >= 0; --order)  // the small ones first
 #pragma unroll
     for (int n = 0; n <= order; ++n) {
       const int of_a = SWAPPED ? order - n : n;
-      mma_m16n8k16<__nv_bfloat16>(acc, a.pairs.part[of_a], b.pairs.part[order - of_a]);
+      mma_m16n8k16<__nv_bfloat16>(sum, a.pairs.part[of_a], b.pairs.part[order - of_a]);
     }
+#pragma unroll
+  for (int e = 0; e < 4; ++e) acc[e] += sum[e];
 }
 
 // ---- products of a warp's strips of 16 rows
 
+// In float32 only four products are under way at once, for their sums take registers, and rows end at their `width`.
+template <typename T, int D>
+constexpr int kStepsUnrolled = sizeof(T) == 2 ? D / 16 : 2;
+template <typename T, int D>
+__device__ __forceinline__ int steps_of(int width) {
+  return sizeof(T) == 2 ? D / 16 : ceil_div(width, 16);
+}
+template <typename T>
+__device__ __forceinline__ bool ends_before(int block, int width) {
+  return sizeof(T) == 4 && block % 4 == 0 && width <= block * 8;
+}
+
 // acc[s][j] += a, times rows b_row + 8 j .. of b, transposed; a(s, step) is a step of the strip's operand.
 template <bool SWAPPED = false, typename T, int D, int STRIPS, int BLOCKS, typename A>
-__device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], A&& a, const Tile<T, D>& b, int b_row) {
-#pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
+__device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], A&& a, const Tile<T, D>& b, int b_row,
+                                             int width) {
+#pragma unroll(kStepsUnrolled<T, D>)
+  for (int step = 0; step < steps_of<T, D>(width); ++step) {
     OperandA<T> rows[STRIPS];
 #pragma unroll
     for (int s = 0; s < STRIPS; ++s) rows[s] = a(s, step);
@@ -234,7 +251,7 @@ struct StripRows {
 // acc[s] += weights[s], times rows b_row .. of b
 template <typename T, int D, int STRIPS, int BLOCKS>
 __device__ __forceinline__ void add_weighted(float (&acc)[STRIPS][D / 8][4], const float (&weights)[STRIPS][BLOCKS][4],
-                                             const Tile<T, D>& b, int b_row) {
+                                             const Tile<T, D>& b, int b_row, int width) {
 #pragma unroll
   for (int j = 0; j < BLOCKS; j += 2) {
     OperandA<T> rows[STRIPS];
@@ -242,6 +259,7 @@ __device__ __forceinline__ void add_weighted(float (&acc)[STRIPS][D / 8][4], con
     for (int s = 0; s < STRIPS; ++s) rows[s].set(weights[s][j], weights[s][j + 1]);
 #pragma unroll
     for (int d = 0; d < D / 8; d += 2) {
+      if (ends_before<T>(d, width)) break;
       OperandB<T> columns[2];
       load_straight(columns, b, b_row + j * 8, d);
 #pragma unroll
