@@ -161,6 +161,8 @@ __device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, f
   __syncwarp();  // before the next row overwrites `outer`
 }
 
+constexpr int kChain = 64;  // keys that are summed one by one: thousands would add up thousands of roundings
+
 // dq without tensor cores: a thread takes four elements of a row, key by key.
 template <typename T>
 __device__ __forceinline__ void query_gradient_simt(const LogitsBwdParams& p, const RowOfTile* rows,
@@ -178,12 +180,18 @@ __device__ __forceinline__ void query_gradient_simt(const LogitsBwdParams& p, co
       if (axis.rows == 0 || c < 0) continue;
       const int32_t* of_query = p.index + axis.index + c * axis.keys;
       const float* weights = factors + row * p.factor_ld + axis.factor;
+      for (int i0 = 0; i0 < axis.keys; i0 += kChain) {
+        const int end = min(i0 + kChain, axis.keys);
+        float part[4] = {};
 #pragma unroll 4
-      for (int i = 0; i < axis.keys; ++i) {
-        float t[4];
-        load4(table + static_cast<int64_t>(of_query[i]) * D + d, D - d, D % 4 == 0, t);
+        for (int i = i0; i < end; ++i) {
+          float t[4];
+          load4(table + static_cast<int64_t>(of_query[i]) * D + d, D - d, D % 4 == 0, t);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) sum[e] += weights[i] * t[e];
+          for (int e = 0; e < 4; ++e) part[e] += weights[i] * t[e];
+        }
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sum[e] += part[e];
       }
     }
     T* dq = static_cast<T*>(p.dq) + (first_row + row) * D + d;
