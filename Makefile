@@ -39,9 +39,9 @@ venv: $(BIN)/has-relpos_cuda
 build: venv
 	$(PY) -m relpos_cuda build all
 
-# Both run, whichever fails; the tests' summary is the last thing printed.
+# Two files of tests at a time: most tests use one core. Both run, whichever fails; the tests' summary comes last.
 test: venv
-	@$(PY) -m ruff check; ruff=$$?; $(PY) -m pytest --durations=15 $(ARGS) && exit $$ruff
+	@$(PY) -m ruff check; ruff=$$?; $(PY) -m pytest -n 2 --dist loadfile --durations=15 $(ARGS) && exit $$ruff
 
 test-all: export RELPOS_TEST_EVERYTHING = 1
 test-all: test

@@ -6,6 +6,7 @@ the CUDA launchers and kernels.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import os
@@ -72,12 +73,14 @@ def build(sanitizer: toolchain.Sanitizer = toolchain.PLAIN) -> Path:
     if instead := os.environ.get(INSTEAD):
         return Path(instead)
     target = ROOT / "build" / "emulated" / _digest() / f"lib{NAMESPACE}_{sanitizer.name}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-        few = () if sanitizer == toolchain.PLAIN else (FEW_KERNELS,)
-        compile_tree(ROOT, unfinished, sanitizer, *few)
-        unfinished.replace(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that run tests want it at the same time
+        if not target.exists():
+            unfinished = target.with_suffix(".tmp")
+            few = () if sanitizer == toolchain.PLAIN else (FEW_KERNELS,)
+            compile_tree(ROOT, unfinished, sanitizer, *few)
+            unfinished.replace(target)
     return target
 
 

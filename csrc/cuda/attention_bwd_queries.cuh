@@ -61,7 +61,8 @@ struct AttentionBwdQueries {
   }
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
-  float total[2] = {}, weighted[2] = {}, factor[2] = {1.f, 1.f};  // factor: of p
+  LongSum<T> total[2], weighted[2];
+  float factor[2] = {1.f, 1.f};  // of p
   __device__ __forceinline__ void measure(const Span& span, int tile, int begin, const LineFactors<T>& lines,
                                           const RowsOfQ& q, const RowsOfGrad& grad, const Tile<T, D>& k,
                                           const Tile<T, D>& v) {
@@ -71,20 +72,21 @@ struct AttentionBwdQueries {
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        total[e / 2] += weight[0][j][e];
-        weighted[e / 2] = fmaf(weight[0][j][e], dp[0][j][e], weighted[e / 2]);
+        total[e / 2].add(weight[0][j][e]);
+        weighted[e / 2].add(weight[0][j][e] * dp[0][j][e]);
       }
   }
   __device__ __forceinline__ void use_measured() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
+      float all = total[half].sum, products = weighted[half].sum;
       for (int x = 1; x < 4; x *= 2) {
-        total[half] += __shfl_xor_sync(~0u, total[half], x);
-        weighted[half] += __shfl_xor_sync(~0u, weighted[half], x);
+        all += __shfl_xor_sync(~0u, all, x);
+        products += __shfl_xor_sync(~0u, products, x);
       }
       if (bias.row(half) >= block.count) continue;
-      factor[half] = 1.f / total[half];
-      delta[half] = weighted[half] * factor[half];
+      factor[half] = 1.f / all;
+      delta[half] = products * factor[half];
     }
   }
 

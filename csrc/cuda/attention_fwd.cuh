@@ -30,7 +30,8 @@ struct AttentionFwd {
   static constexpr int kHeld = sizeof(T) == 4 ? 0 : D == 64 ? kStrips : 1;
   static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 || kStrips == 2 ? 2 : 4;
   float out[kStrips][D / 8][4] = {};
-  float reference[kStrips][2], sum[kStrips][2] = {};  // powers of two
+  float reference[kStrips][2];  // a power of two
+  LongSum<T> sum[kStrips][2];
 
   __device__ __forceinline__ AttentionFwd() {
 #pragma unroll
@@ -48,7 +49,7 @@ struct AttentionFwd {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           score[s][j][e] = exp2_approx(fmaf(score[s][j][e], p.to_powers, line[s][j][e / 2] - reference[s][e / 2]));
-          sum[s][e / 2] += score[s][j][e];
+          sum[s][e / 2].add(score[s][j][e]);
         }
     add_weighted(out, score, v, v_row, p.shape.D);
   }
@@ -61,13 +62,13 @@ struct AttentionFwd {
     for (int s = 0; s < kStrips; ++s)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float x = 0.f;
+        const auto of_block = [&](int j) {
+          const float x = fmaxf(score[s][j][2 * half], score[s][j][2 * half + 1]);
+          return ONE_LINE ? x : fmaf(x, to_powers, line[s][j][half]);
+        };
+        float x = of_block(0);
 #pragma unroll
-        for (int j = 0; j < kPart; ++j) {
-          float of_block = fmaxf(score[s][j][2 * half], score[s][j][2 * half + 1]);
-          if (!ONE_LINE) of_block = fmaf(of_block, to_powers, line[s][j][half]);
-          x = j == 0 ? of_block : fmaxf(x, of_block);
-        }
+        for (int j = 1; j < kPart; ++j) x = fmaxf(x, of_block(j));
         most[s][half] = ONE_LINE ? fmaf(x, to_powers, line[s][0][half]) : x;
         grown |= most[s][half] - reference[s][half] > kMayGrow;
       }
@@ -80,7 +81,7 @@ struct AttentionFwd {
         for (int d = 1; d < 4; d *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
         const float shrink = exp2_approx(reference[s][half] - x);
         reference[s][half] = x;
-        sum[s][half] *= shrink;
+        sum[s][half].scale(shrink);
 #pragma unroll
         for (int d = 0; d < D / 8; ++d) out[s][d][2 * half] *= shrink, out[s][d][2 * half + 1] *= shrink;
       }
@@ -92,7 +93,7 @@ struct AttentionFwd {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = sum[s][half];
+      float total = sum[s][half].sum;
       for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
       const int m = first + lane / 4 + half * 8;
       if (p.lse && lane % 4 == 0 && m < block.count)
