@@ -36,7 +36,8 @@ SOON = {  # file: pytest's -k
 }
 SANITIZED = SOON | {
     "test_attention.py": "emulated and tiny and "
-    "(torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) or torch.float32 and 5x13_mma)",
+    "(torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) "
+    "or torch.float32 and (5x13_mma or two_class))",
     "test_attention_window.py": "emulated and test_windows and torch.bfloat16 and (interpol or finer or video)",
 }
 LATER = {
