@@ -57,20 +57,18 @@ constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 80 ? 2 : 1
 struct BlockPlace {
   int group, batch, head, first, count;
 };
-// Where a row of a tile of keys comes from: a line of the tile, and a token of the group if the tile is the first.
-struct KeyRow {
-  int line, token;
-};
 // A part of the keys: columns first .. first + columns - 1 of every line; or class tokens, up to a tile of them.
 struct Span {
   const void *k, *v;  // of the group
   bool of_lines;
   int number, first, columns, tiles;
   int line_factors;  // those of its first tile begin there
-  KeyRow rows[kMaxKeyBlocks * 8];
+  // Of every row of a tile: its token of the group, were the tile the first, and its line of the tile; -1: none.
+  int token[kMaxKeyBlocks * 8];
+  int8_t line[kMaxKeyBlocks * 8];
 };
 // Both live in shared memory: in registers they would be in the way of the products for as long as they last.
-constexpr int64_t kPlaceBytes = 32, kSpanBytes = 560;
+constexpr int64_t kPlaceBytes = 32, kSpanBytes = 368;
 static_assert(sizeof(BlockPlace) <= kPlaceBytes && sizeof(Span) <= kSpanBytes);
 
 // Elements from one row of a tile in shared memory to the next.
@@ -88,12 +86,13 @@ RELPOS_HD inline int64_t line_factors(const KeyTiling& tiling) { return tiling.p
 
 // Byte offsets of a block's shared memory. Before the keys of a span arrive, their place serves the factors. What is
 // the same for every problem takes no register: it comes first.
+template <int STRIPS>  // of 16 queries per warp, at most
 struct KeysPass {
-  static constexpr int kMostRows = kMostAttentionThreads;  // two strips of 16 per warp
+  static constexpr int kMostRows = kMostAttentionThreads / 2 * STRIPS;
   static constexpr int64_t largest = kPlaceBytes + kSpanBytes, rows = largest + kMostRows * 4;
   static constexpr int64_t keys = rows + kMostRows * static_cast<int64_t>(sizeof(Coordinates));
 };
-struct AttentionFwdShared : KeysPass {
+struct AttentionFwdShared : KeysPass<2> {
   int64_t q, lines, total;
 };
 RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const KeyTiling& tiling, int block_rows, int D,
@@ -108,7 +107,7 @@ RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const K
 }
 
 // Backward, queries stay: dq, the factor gradients, and what the second kernel needs of the factors.
-struct AttentionBwdQueriesShared : KeysPass {
+struct AttentionBwdQueriesShared : KeysPass<1> {
   int64_t q, grad, lines, dlines, total;
 };
 RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Shape& s, const KeyTiling& tiling,

@@ -113,7 +113,6 @@ __device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const
 // known to all after a barrier.
 template <typename T>
 __device__ __forceinline__ void find_span(const AttentionParams& p, const BlockPlace& block, int i, Span& span) {
-  constexpr int kNoLine = 1 << 30;
   const bool of_lines = i >= 0;
   const int all = of_lines ? p.shape.axis[kW].keys : p.shape.prefix;
   const int each = of_lines ? p.keys.columns : p.keys.keys();
@@ -130,9 +129,9 @@ __device__ __forceinline__ void find_span(const AttentionParams& p, const BlockP
   }
   for (int row = threadIdx.x; row < p.keys.keys(); row += blockDim.x) {
     const int j = row / 8, column = (of_lines ? p.keys.column_of[j] : 8 * j) + row % 8;
-    const int line = column >= columns ? kNoLine : of_lines ? p.keys.line_of[j] : 0;
-    const int line_token = of_lines ? p.shape.prefix + p.keys.line_of[j] * p.shape.axis[kW].keys : 0;
-    span.rows[row] = {line, line_token + first + column};
+    const int line = of_lines ? p.keys.line_of[j] : 0;
+    span.token[row] = (of_lines ? p.shape.prefix + line * p.shape.axis[kW].keys : 0) + first + column;
+    span.line[row] = static_cast<int8_t>(column < columns ? line : -1);
   }
 }
 // The first column of block j, counted from that of the span.
@@ -161,9 +160,9 @@ __device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>&
                                           const Span& span, int tile) {
   const int lines = tile * p.keys.lines, tokens = lines * p.shape.axis[kW].keys;
   for (int row = threadIdx.x / 2; row < BLOCKS * 8; row += blockDim.x / 2) {
-    const KeyRow from = span.rows[row];
-    const bool exists = from.line + lines < p.shape.outer_keys();
-    const int64_t token = exists ? from.token + tokens : 0;
+    const int line = span.line[row];
+    const bool exists = line >= 0 && line + lines < p.shape.outer_keys();
+    const int64_t token = exists ? span.token[row] + tokens : 0;
     copy_row(k, row, p.shape.D, static_cast<const T*>(span.k) + token * p.k.row, exists);
     copy_row(v, row, p.shape.D, static_cast<const T*>(span.v) + token * p.v.row, exists);
   }
