@@ -19,6 +19,8 @@ HERE = Path(__file__).parent
 FLAGS = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-Wno-unknown-pragmas"]
 # A GPU faults on a misaligned vector; a CPU does not mind, so the compiler checks every access.
 FLAGS += ["-fsanitize=alignment", "-fno-sanitize-recover=all"]
+if "clang" not in os.environ.get("CXX", ""):
+    FLAGS += ["-fno-gnu-unique"]  # else two such libraries in one process share the functions behind mma
 
 
 SHIM = ("machine.cpp", "simt.cpp", "sm80.cpp", "sm90.cpp")
