@@ -97,12 +97,6 @@ def no_nvcc() -> str:
     return "" if nvcc.version >= (12, 8) else f"{nvcc} does not know all of these architectures"
 
 
-# One number of one kernel.
-SPILLED = {  # the forward: outside its loop over tiles, for architectures that it has never run on
-    (f"_ZN6relpos20attention_fwd_kernelI{t}Li64ELi8ELb{one_line}EEEvNS_18AttentionFwdParamsE", arch, stores)
-    for t in ("6__half", "13__nv_bfloat16")
-    for one_line, arch, stores in ((0, "100", 4), (0, "120", 4), (1, "100", 4), (1, "120", 12))
-}
 ARCHS = ("86", "89", "100", "120") if EVERYTHING else ("86", "120")  # test_sass.py builds for sm_80 and sm_90a
 FEW_KERNELS = {"TORCH_CUDA_ARCH_LIST": ";".join(ARCHS), "RELPOS_CUDA_NVCCFLAGS": "-DRELPOS_MOST_HEAD_DIM=64"}
 
@@ -110,7 +104,7 @@ FEW_KERNELS = {"TORCH_CUDA_ARCH_LIST": ";".join(ARCHS), "RELPOS_CUDA_NVCCFLAGS":
 @pytest.mark.slow
 @pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
 def test_cuda_library_for_other_architectures(monkeypatch: pytest.MonkeyPatch):
-    """Builds without a GPU, loads beside any PyTorch, and no kernel spills registers, but for three numbers of one.
+    """Builds without a GPU, loads beside any PyTorch, and no kernel spills registers.
 
     With one head dimension of the attention; test_sass.py reads them all.
     """
@@ -124,7 +118,7 @@ def test_cuda_library_for_other_architectures(monkeypatch: pytest.MonkeyPatch):
         r"Compiling entry function '(\w+)' for 'sm_(\w+)'(?:(?!Compiling)[\s\S])*?(\d+) bytes spill stores", report
     )
     assert len(entries) == report.count("Compiling entry function") > 0
-    assert {(kernel, arch, int(stores)) for kernel, arch, stores in entries if stores != "0"} <= SPILLED
+    assert [entry for entry in entries if entry[2] != "0"] == []
     code = f"""
 import torch, relpos_cuda
 torch.ops.load_library({str(library)!r})

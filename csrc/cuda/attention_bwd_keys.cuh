@@ -5,14 +5,14 @@
 //
 //                     queries, a tile per step --->
 //                  +---------+---------+---------+
-//   16 keys        |         |         | ..      |     two blocks of 8 neighbouring columns, each of one line:
+//   16 or 32 keys  |         |         | ..      |     blocks of 8 neighbouring columns, each of one line:
 //   per warp       |         |         |         |     column factors [queries, columns] lie across, and are read
 //                  +---------+---------+---------+     transposed; a line factor is one number per query and line
 //
 //   grid     (groups * ceil(slots / block slots)); slots of keys: plan_attention.h.
-//   thread   lane 4 g + t of a warp: keys g and g + 8, queries 2t and 2t + 1 of each block of 8.
-//   shared   k and v of the block; two stages of q, grad and the factors of a tile of queries.
-//   barriers one per tile: it has arrived, and the one before is done with.
+//   thread   lane 4 g + t of a warp: keys g and g + 8 of each strip, queries 2t and 2t + 1 of each block of 8.
+//   shared   where the block works; two stages of q, grad and the factors of a tile of queries; k and v of the block.
+//   barriers one when it is known where; one per tile: it has arrived, and the one before is done with.
 #pragma once
 #include "tile/tokens.cuh"
 

@@ -161,7 +161,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   };
   keys.for_each_tile(p, block, span, begin_span, absorb, [](const Span&) {});
 #pragma unroll
-  for (int s = 0; s < kStrips; ++s) mine.store(p, block, s, first + s * 16, lines.largest, q());
+  for (int s = 0; s < kStrips; ++s)
+    mine.store(p, block, s, static_cast<int>(afresh(first + s * 16)), lines.largest, q());
 }
 
 }  // namespace relpos

@@ -49,8 +49,8 @@ __device__ __forceinline__ void copy_row(const Tile<T, D>& to, int row, int widt
   for (int d = 0; d < D; d += 2 * Tile<T, D>::kChunk) cp_async_16(to.at(row, begin) + d, from + begin + d, d < left);
 }
 
-// Starts copies of `rows` rows into a tile by `threads` threads, of which this is number `thread`. from(row) is where
-// it lies, or null for zeros; `some` is any valid address.
+// Starts copies of `rows` rows into a tile by `threads` threads, of which this is number `thread`, even or odd as
+// threadIdx.x is. from(row) is where it lies, or null for zeros; `some` is any valid address.
 template <typename T, int D, typename F>
 __device__ __forceinline__ void copy_rows(const Tile<T, D>& to, int rows, int width, int thread, int threads,
                                           const T* some, F&& from) {
