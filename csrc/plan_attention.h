@@ -59,17 +59,19 @@ struct BlockPlace {
 };
 // A part of the keys: columns first .. first + columns - 1 of every line; or class tokens, up to a tile of them.
 struct Span {
-  const void *k, *v;  // of the group
   bool of_lines;
   int number, first, columns, tiles;
   int line_factors;  // those of its first tile begin there
+};
+struct SpanRows : Span {
+  const void *k, *v;  // of the group
   // Of every row of a tile: its token of the group, were the tile the first, and its line of the tile; -1: none.
   int token[kMaxKeyBlocks * 8];
   int8_t line[kMaxKeyBlocks * 8];
 };
-// Both live in shared memory: in registers they would be in the way of the products for as long as they last.
+// The place of a block and the rows of a span live in shared memory: in registers they would be in the way of the products for as long as they last.
 constexpr int64_t kPlaceBytes = 32, kSpanBytes = 368;
-static_assert(sizeof(BlockPlace) <= kPlaceBytes && sizeof(Span) <= kSpanBytes);
+static_assert(sizeof(BlockPlace) <= kPlaceBytes && sizeof(SpanRows) <= kSpanBytes);
 
 // Elements from one row of a tile in shared memory to the next.
 RELPOS_HD constexpr int tile_ld(int D, int bytes) { return D + 16 / bytes; }

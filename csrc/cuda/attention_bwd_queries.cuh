@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
 
   Warp mine(p, block, rows, warp * 16);
   mine.begin(q(), lines, stage());
-  Span& span = *reinterpret_cast<Span*>(shared + kPlaceBytes);
+  SpanRows& span = *reinterpret_cast<SpanRows*>(shared + kPlaceBytes);
   const auto in_parts = [&](auto&& work) {
     return [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
       for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, block, mine.bias.first, span, tile,

@@ -109,36 +109,37 @@ __device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const
 
 // ---- keys
 
-// Number i of the spans: those of the lines; before them, from -class_tiles on, those of class tokens. By all threads;
-// known to all after a barrier.
-template <typename T>
-__device__ __forceinline__ void find_span(const AttentionParams& p, const BlockPlace& block, int i, Span& span) {
-  const bool of_lines = i >= 0;
-  const int all = of_lines ? p.shape.axis[kW].keys : p.shape.prefix;
-  const int each = of_lines ? p.keys.columns : p.keys.keys();
-  const int first = (of_lines ? i : i + p.keys.class_tiles) * each, columns = min(each, all - first);
-  if (threadIdx.x == 0) {
-    span.k = rows_of<T>(block, p.k);
-    span.v = rows_of<T>(block, p.v);
-    span.number = i;
-    span.of_lines = of_lines;
-    span.first = first;
-    span.columns = columns;
-    span.tiles = of_lines ? p.keys.tiles : 1;
-    span.line_factors = of_lines ? 0 : p.keys.padded_lines;
-  }
-  for (int row = threadIdx.x; row < p.keys.keys(); row += blockDim.x) {
-    const int j = row / 8, column = (of_lines ? p.keys.column_of[j] : 8 * j) + row % 8;
-    const int line = of_lines ? p.keys.line_of[j] : 0;
-    span.token[row] = (of_lines ? p.shape.prefix + line * p.shape.axis[kW].keys : 0) + first + column;
-    span.line[row] = static_cast<int8_t>(column < columns ? line : -1);
-  }
-}
 // The first column of block j, counted from that of the span.
 __device__ __forceinline__ int column_of(const KeyTiling& keys, const Span& span, int j) {
   return span.of_lines ? keys.column_of[j] : 8 * j;
 }
 
+// Number i of the spans: those of the lines; before them, from -class_tiles on, those of class tokens.
+__device__ __forceinline__ Span span_of(const AttentionParams& p, int i) {
+  if (i >= 0) {
+    const int first = i * p.keys.columns, columns = min(p.keys.columns, p.shape.axis[kW].keys - first);
+    return {true, i, first, columns, p.keys.tiles, 0};
+  }
+  const int first = (i + p.keys.class_tiles) * p.keys.keys(), columns = min(p.keys.keys(), p.shape.prefix - first);
+  return {false, i, first, columns, 1, p.keys.padded_lines};
+}
+
+// The same and where its rows are, by all threads; known to all after a barrier.
+template <typename T>
+__device__ __forceinline__ void find_span(const AttentionParams& p, const BlockPlace& block, int i, SpanRows& rows) {
+  const Span span = span_of(p, i);
+  if (threadIdx.x == 0) {
+    static_cast<Span&>(rows) = span;
+    rows.k = rows_of<T>(block, p.k);
+    rows.v = rows_of<T>(block, p.v);
+  }
+  for (int row = threadIdx.x; row < p.keys.keys(); row += blockDim.x) {
+    const int j = row / 8, column = column_of(p.keys, span, j) + row % 8;
+    const int line = span.of_lines ? p.keys.line_of[j] : 0;
+    rows.token[row] = (span.of_lines ? p.shape.prefix + line * p.shape.axis[kW].keys : 0) + span.first + column;
+    rows.line[row] = static_cast<int8_t>(column < span.columns ? line : -1);
+  }
+}
 // work(begin) for PART blocks of a tile at a time, by the warp of queries `first` and on: as far as there are queries
 // and the blocks have keys. Large grids, of one line per tile, hardly have tiles without.
 template <int BLOCKS, int PART, bool ONE_LINE, typename F>
@@ -157,7 +158,7 @@ __device__ __forceinline__ void for_each_part(const AttentionParams& p, const Bl
 // Tile number `tile` of a span, of BLOCKS blocks: k and v.
 template <int BLOCKS, typename T, int D>
 __device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>& v, const AttentionParams& p,
-                                          const Span& span, int tile) {
+                                          const SpanRows& span, int tile) {
   const int lines = tile * p.keys.lines, tokens = lines * p.shape.axis[kW].keys;
   for (int row = threadIdx.x / 2; row < BLOCKS * 8; row += blockDim.x / 2) {
     const int line = span.line[row];
@@ -179,7 +180,7 @@ struct KeyStages {
   // For every span: begin(span) while the stages are free, work(tile, k, v) for every tile, end(span) when they are
   // free again; all by all threads. `span` is in shared memory.
   template <typename Begin, typename Work, typename End>
-  __device__ __forceinline__ void for_each_tile(const AttentionParams& p, const BlockPlace& block, Span& span,
+  __device__ __forceinline__ void for_each_tile(const AttentionParams& p, const BlockPlace& block, SpanRows& span,
                                                 Begin&& begin, Work&& work, End&& end) const {
     int next = -p.keys.class_tiles;
     do {
