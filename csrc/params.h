@@ -85,7 +85,8 @@ struct AttentionParams {
 };
 
 struct AttentionFwdParams : AttentionParams {
-  AttentionFwdShared at;
+  AttentionFwdShared at;  // each kernel has its own
+  AttentionFwdSm90Shared at_sm90;
   OutRows out;
   float* lse = nullptr;  // [groups, M] or null
 };

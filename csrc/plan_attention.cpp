@@ -54,6 +54,27 @@ AttentionPlan plan_window(const Shape& s, int bytes, int arch, double scale) {
   return plan;
 }
 
+AttentionPlan plan_sm90(const Shape& s, int bytes, int arch, double scale) {
+  AttentionPlan plan;
+  plan.refusal = refusal_of(s, scale);
+  if (!plan.refusal.empty()) return plan;
+  if (bytes != 2 || arch != 90 || s.prefix) {
+    plan.refusal = "the forward for sm_90 is of half precision, without class tokens";
+    return plan;
+  }
+  plan.keys = tile_keys(s, bytes);
+  plan.head_dim = kernel_head_dim(s.D, bytes);
+  plan.threads = kSm90Threads;
+  plan.block_rows = kSm90Rows;
+  plan.grid = s.groups * ceil_div<int64_t>(s.M(), kSm90Rows);
+  for (plan.stages = kMostKeyStages; plan.stages >= kKeyStages; --plan.stages) {
+    plan.shared_bytes = attention_fwd_sm90_shared(plan.keys, plan.head_dim, plan.stages).total;
+    if (plan.shared_bytes <= shared_limits(arch).per_block) return plan;
+  }
+  plan.refusal = "the factors of 128 queries, " + std::to_string(plan.shared_bytes) + " bytes, exceed shared memory";
+  return plan;
+}
+
 }  // namespace
 
 KeyTiling tile_keys(const Shape& s, int bytes) {
@@ -82,12 +103,15 @@ std::string AttentionPlan::kernel(AttentionKernel which) const {
   if (!refusal.empty()) return "none";
   if (which == AttentionKernel::kBackwardKeys) return with("attention_bwd_keys_d", head_dim);
   if (which == AttentionKernel::kBackwardWindow) return with("attention_bwd_window_d", head_dim);
-  const char* name = which == AttentionKernel::kForward ? "attention_fwd_d" : "attention_bwd_queries_d";
+  const char* name = which == AttentionKernel::kForward       ? "attention_fwd_d"
+                     : which == AttentionKernel::kForwardSm90 ? "attention_fwd_sm90_d"
+                                                              : "attention_bwd_queries_d";
   return with(name, head_dim) + (keys.one_line ? "_line_" : "_lines_") + std::to_string(keys.keys());
 }
 
 AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, int arch, double scale) {
   if (kernel == AttentionKernel::kBackwardWindow) return plan_window(s, bytes, arch, scale);
+  if (kernel == AttentionKernel::kForwardSm90) return plan_sm90(s, bytes, arch, scale);
   AttentionPlan plan;
   plan.refusal = refusal_of(s, scale);
   if (!plan.refusal.empty()) return plan;

@@ -108,6 +108,31 @@ RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const K
   return at;
 }
 
+// The forward for sm_90: two warpgroups of 64 queries and one that asks for keys, 64 of D to a row of shared memory.
+constexpr int kSm90Warps = 8, kSm90Rows = 16 * kSm90Warps;  // that have queries
+constexpr int kSm90Threads = 32 * (kSm90Warps + 4);
+constexpr int kMostKeyStages = 4, kSm90Row = 64;
+
+RELPOS_HD constexpr int64_t sm90_matrix_bytes(int blocks, int D) {  // of k or v, in one stage
+  return int64_t{ceil_div(D, kSm90Row)} * blocks * 8 * kSm90Row * 2;
+}
+struct AttentionFwdSm90Shared : KeysPass<1> {
+  static constexpr int64_t full = kPlaceBytes, empty = full + 8 * kMostKeyStages;  // barriers
+  static constexpr int64_t stages = round_up<int64_t>(KeysPass<1>::keys, 1024);
+  static_assert(KeysPass<1>::kMostRows == kSm90Rows && empty + 8 * kMostKeyStages <= KeysPass<1>::largest);
+  int64_t q, lines, staged, total;
+  int stage_count;
+};
+RELPOS_HD inline AttentionFwdSm90Shared attention_fwd_sm90_shared(const KeyTiling& tiling, int D, int stage_count) {
+  AttentionFwdSm90Shared at{};
+  at.stage_count = stage_count;
+  at.q = at.stages + 2 * stage_count * sm90_matrix_bytes(tiling.blocks, D);
+  at.lines = at.q + int64_t{kSm90Rows} * tile_ld(D, 2) * 2;
+  at.staged = at.lines + round_up<int64_t>(line_factors(tiling) * kSm90Rows * 2, 16);
+  at.total = at.staged + int64_t{kSm90Rows} * tiling.staged * 4;
+  return at;
+}
+
 // Backward, queries stay: dq, the factor gradients, and what the second kernel needs of the factors.
 struct AttentionBwdQueriesShared : KeysPass<1> {
   int64_t q, grad, lines, dlines, total;
@@ -211,7 +236,7 @@ RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(int block_
   return at;
 }
 
-enum class AttentionKernel { kForward, kBackwardQueries, kBackwardKeys, kBackwardWindow };
+enum class AttentionKernel { kForward, kForwardSm90, kBackwardQueries, kBackwardKeys, kBackwardWindow };
 
 struct AttentionPlan {
   std::string refusal;  // why no kernel takes the problem; empty if one does
@@ -221,6 +246,7 @@ struct AttentionPlan {
   int threads = 0;
   int64_t grid = 0;
   int64_t shared_bytes = 0;
+  int stages = kKeyStages;  // of keys
 
   std::string kernel(AttentionKernel which) const;
 };

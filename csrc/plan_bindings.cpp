@@ -56,13 +56,14 @@ NamedPlan attention(const std::string& kernel, const std::string& dtype, int64_t
                     int num_prefix_tokens, int arch, double scale) {
   static const std::map<std::string, AttentionKernel> kernels = {
       {"forward", AttentionKernel::kForward},
+      {"forward_sm90", AttentionKernel::kForwardSm90},
       {"backward_queries", AttentionKernel::kBackwardQueries},
       {"backward_keys", AttentionKernel::kBackwardKeys},
       {"backward_window", AttentionKernel::kBackwardWindow}};
   const auto found = kernels.find(kernel);
   if (found == kernels.end())
-    throw std::invalid_argument("kernel must be forward, backward_queries, backward_keys or backward_window, got " +
-                                kernel);
+    throw std::invalid_argument(
+        "kernel must be forward, forward_sm90, backward_queries, backward_keys or backward_window, got " + kernel);
   const Shape s = shape_of(groups, q_size, k_size, head_dim, num_prefix_tokens);
   const AttentionPlan p = plan_attention(found->second, s, bytes_of(dtype), arch, scale);
   return {p.kernel(found->second), p.refusal, p.block_rows, p.threads, p.shared_bytes, p.grid};

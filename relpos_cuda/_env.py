@@ -106,6 +106,13 @@ CPU_ISA = Variable(
     _one_of("baseline", "avx2", "avx512", "avx512_bf16"),
     "the best the processor has",
 )
+WGMMA = Variable(
+    "RELPOS_CUDA_WGMMA",
+    "0",
+    "1: on sm_90, the forward of the attention in half precision is the kernel with TMA and `wgmma`, which no GPU has "
+    "run yet.",  # read by csrc/cuda, listed here
+    _switch,
+)
 ARCH_LIST = Variable(
     "TORCH_CUDA_ARCH_LIST",
     "",
@@ -128,6 +135,7 @@ ALL: tuple[Variable[Any], ...] = (
     CXXFLAGS,
     NVCCFLAGS,
     CPU_ISA,
+    WGMMA,
     ARCH_LIST,
     MAX_JOBS,
     CUDA_HOME,

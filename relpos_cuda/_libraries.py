@@ -31,6 +31,8 @@ CPU_PAIR_KERNELS = ("cpu/pair_kernels.cpp",)  # for processors with AVX-512-BF16
 CUDA_SOURCES = ("cuda/attention.cu", "cuda/logits.cu", "cuda/table_grad.cu")
 CUDA_KERNELS = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu")  # once per dtype
 CUDA_DTYPES = ("float", "__half", "__nv_bfloat16")
+CUDA_HALVES = ("__half", "__nv_bfloat16")
+CUDA_SM90_KERNELS = ("cuda/attention_fwd_sm90.cu",)  # once per such dtype, for 90a only
 CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
@@ -156,15 +158,21 @@ def _cpu() -> Library:
 def _cuda() -> Library:
     nvcc = _toolchain.nvcc()
     archs = _toolchain.archs()
-    flags = (
+    sm90 = tuple(arch for arch in archs if arch.removesuffix("+PTX") == "90a")
+    common = (
         *("-std=c++17", "-O3", *STABLE_ABI, "--expt-relaxed-constexpr", "-lineinfo", "-Xptxas", "-v"),
-        *("-Xcompiler", "-fPIC,-fvisibility=hidden", *_toolchain.gencode(archs), *_env.NVCCFLAGS()),
+        *("-Xcompiler", "-fPIC,-fvisibility=hidden", *(("-DRELPOS_SM90A",) if sm90 else ()), *_env.NVCCFLAGS()),
     )
+    flags = (*common, *_toolchain.gencode(archs))
     host_flags = (*_COMMON, "-O2", *_env.CXXFLAGS())
     units = [Unit(csrc() / name, flags, compiler="nvcc") for name in CUDA_SOURCES]
     for name in CUDA_KERNELS:  # what compiles longest comes first
         for dtype in CUDA_DTYPES:
             units.insert(0, Unit(csrc() / name, (*flags, f"-DRELPOS_TYPE={dtype}"), dtype.strip("_"), compiler="nvcc"))
+    for name in CUDA_SM90_KERNELS if sm90 else ():
+        for dtype in CUDA_HALVES:
+            own = (*common, *_toolchain.gencode(sm90), f"-DRELPOS_TYPE={dtype}")
+            units.append(Unit(csrc() / name, own, dtype.strip("_"), compiler="nvcc"))
     units += [Unit(csrc() / name, host_flags) for name in CUDA_HOST_SOURCES]
     return Library(
         title="the CUDA kernels",

@@ -21,6 +21,7 @@ from simt import toolchain
 ROOT = Path(__file__).parent.parent
 DTYPES = [f"-DRELPOS_TYPE={dtype}" for dtype in _libraries.CUDA_DTYPES]
 UNITS = [(f"csrc/{name}", dtype) for name in _libraries.CUDA_KERNELS for dtype in DTYPES]
+UNITS += [(f"csrc/{name}", f"-DRELPOS_TYPE={t}") for name in _libraries.CUDA_SM90_KERNELS for t in _libraries.CUDA_HALVES]
 UNITS += [(f"csrc/{name}", "") for name in (*_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)]
 NAMESPACE = "relpos_emulated"
 FEW_KERNELS = "-DRELPOS_MOST_HEAD_DIM=64"  # for what is compiled with sanitizers

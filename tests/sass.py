@@ -275,6 +275,7 @@ def library() -> Path:
     """The CUDA library for ARCHS, from the cache if it is there; what DTYPES and HEAD_DIMS lack saves minutes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_libraries, "CUDA_DTYPES", tuple(DTYPES.values()))
+        patch.setattr(_libraries, "CUDA_HALVES", tuple(t for t in DTYPES.values() if t != "float"))
         patch.setenv("RELPOS_CUDA_NVCCFLAGS", f"-DRELPOS_MOST_HEAD_DIM={HEAD_DIMS[-1]}")
         patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
         return _build.build("cuda")

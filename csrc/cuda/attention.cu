@@ -1,6 +1,9 @@
 // attention.cu - the attention ops on the GPU: check, fill params, plan, launch one kernel after another.
 #include <torch/csrc/stable/ops.h>
 
+#include <cstdlib>
+#include <cstring>
+
 #include "../boundary.h"
 #include "attention.h"
 #include "table_grad.h"
@@ -12,6 +15,12 @@
 
 namespace relpos {
 namespace {
+
+#if defined(RELPOS_SM90A) || defined(RELPOS_EMULATE)
+constexpr bool kWithSm90 = true;  // that attention_fwd_sm90.cu is compiled, too
+#else
+constexpr bool kWithSm90 = false;
+#endif
 
 // Kernels read and write rows by vectors of 16 bytes. A view that starts or steps at odd places is copied: here, since
 // what is traced ahead of the call does not know where its tensors will start.
@@ -81,6 +90,15 @@ void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tenso
   p.lines = lines->mutable_data_ptr<float>();
 }
 
+// Whether the forward for sm_90 takes these params: where it is asked for, as no GPU has run it yet, and TMA can read k
+// and v, which steps to another group or token.
+bool takes_warpgroups(const AttentionFwdParams& p, const OnDevice& device, const Tensor& q) {
+  const char* wanted = std::getenv("RELPOS_CUDA_WGMMA");
+  const auto has_strides = [](const InRows& rows) { return rows.batch && rows.head && rows.row; };
+  return kWithSm90 && wanted && !std::strcmp(wanted, "1") && has_strides(p.k) && has_strides(p.v) &&
+         plan_attention(AttentionKernel::kForwardSm90, p.shape, bytes_of(q), device.arch(), p.scale).refusal.empty();
+}
+
 void attention_fwd(Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v, const Tensor& table,
                    const Tensor& index, std::vector<int64_t> q_size, std::vector<int64_t> k_size, int64_t prefix,
                    double scale) {
@@ -95,10 +113,19 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Te
   if (s.groups == 0) return;
 
   const OnDevice device(q);
-  const AttentionPlan plan = plan_for(AttentionKernel::kForward, p, device, q);
-  p.at = attention_fwd_shared(s, plan.keys, plan.block_rows, plan.head_dim, bytes_of(q));
-  dispatch_dtype(q.scalar_type(),
-                 [&](auto type) { launch_attention_fwd<typename decltype(type)::type>(device, plan, p); });
+  const bool by_warpgroups = takes_warpgroups(p, device, q);
+  const AttentionKernel kernel = by_warpgroups ? AttentionKernel::kForwardSm90 : AttentionKernel::kForward;
+  const AttentionPlan plan = plan_for(kernel, p, device, q);
+  dispatch_dtype(q.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    if constexpr (kWithSm90 && sizeof(T) == 2)
+      if (by_warpgroups) {
+        p.at_sm90 = attention_fwd_sm90_shared(plan.keys, plan.head_dim, plan.stages);
+        return launch_attention_fwd_sm90<T>(device, plan, p);
+      }
+    p.at = attention_fwd_shared(s, plan.keys, plan.block_rows, plan.head_dim, sizeof(T));
+    launch_attention_fwd<T>(device, plan, p);
+  });
 }
 
 void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,

@@ -13,6 +13,8 @@ inline uint4 load_stream(const void* p, simt::Site site = simt::Site::current())
 }
 
 inline int64_t afresh(int64_t x) { return x; }
+template <int R>
+void pin(uint32_t (&)[R]) {}
 
 // Stands for a GPU of compute capability RELPOS_EMULATED_ARCH (80 if unset).
 class OnDevice {
