@@ -1,8 +1,9 @@
-"""What benchmarks/gpu_run.sh runs on a GPU: ``python -m benchmarks.gpu_probe WHAT [FILE]``.
+"""What benchmarks/gpu_run.sh runs on a GPU: ``python -m benchmarks.gpu_probe WHAT [FILE [FIRST]]``.
 
 WHAT is one of
 
     probe    every function of csrc/cuda/tile/ptx.cuh: the GPU's bits, the emulator's, and a formula's
+    hopper   a part of it, for itself: the library FILE on the cases of sm_90, from number FIRST on
     tiny     small problems through every kernel, for compute-sanitizer
     layers   one forward and backward of each profiled layer, between cudaProfilerStart and Stop, for ncu
     metrics  what ncu is asked for
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import ctypes
+import functools
 import itertools
 import subprocess
 import sys
@@ -41,6 +43,7 @@ GPU_SOURCES = (HERE / "probe.cu", HERE / "probe_sm90.cu")
 EMULATOR_SOURCES = (HERE / "probe.cu", toolchain.HERE / "selftest_sm90.cpp")
 NO_SM90 = "no instructions of sm_90a"  # as probe_sm90.cu says
 DRAWS = 50
+MOST_PROCESSES = 12  # for the cases of sm_90
 POISON = 0x7FC0DEAD  # a NaN
 SANITIZED = ("ragged_5x13", "ragged_5x13_mma", "window_7x7", "two_class_tokens", "interpolated", "keys_fewer", "video")
 SANITIZED_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32))
@@ -108,34 +111,64 @@ def compare() -> int:
                 print(f"{who:9} not compiled: {error}")
                 failed = True
                 continue
-        for name in PROBES:
-            try:
-                wrong = wrong_words(probe, name)
-                said = f"{wrong} of {DRAWS * 32 * PROBES[name][1]} words are wrong"
-            except RuntimeError as error:
-                wrong, said = 1, str(error)
-            failed |= wrong > 0
-            print(f"{who:9} {name:22} {said}", flush=True)
-        failed |= not hopper_is_right(who, Selftest(library))
+            for name in PROBES:
+                try:
+                    wrong = wrong_words(probe, name)
+                    said = f"{wrong} of {DRAWS * 32 * PROBES[name][1]} words are wrong"
+                except RuntimeError as error:
+                    wrong, said = 1, str(error)
+                failed |= wrong > 0
+                print(f"{who:9} {name:22} {said}", flush=True)
+            failed |= not hopper_is_right(who, functools.partial(ask_hopper, library))
     print("FAILED" if failed else "gpu and emulator agree with the formula in every bit, and in exp2_approx to 2^-22")
     return int(failed)
 
 
-def hopper_is_right(who: str, test: Selftest) -> bool:
-    """All cases of tests/simt/cases_sm90.py; true also of a GPU that has none of these instructions."""
-    wrong = 0
-    for name, case in cases_sm90.every_case().items():
-        answer = case(test)
-        if NO_SM90 in (answer.complaint or ""):
-            print(f"{who:9} TMA, wgmma and such: skipped, {NO_SM90}", flush=True)
-            return True
-        if not answer.right:
+def hopper_is_right(who: str, ask: Callable[[int], Iterable[str]]) -> bool:
+    """All cases of tests/simt/cases_sm90.py; true also of a GPU that has none of these instructions.
+
+    Args:
+        ask: Starts a process that says of every case from this number on what is wrong with it, or nothing. After an
+            error of CUDA it can say no more, and another goes on.
+    """
+    names, wrong, at = list(cases_sm90.every_case()), 0, 0
+    for _ in range(MOST_PROCESSES):
+        before = at
+        for said in ask(at):
+            if NO_SM90 in said:
+                print(f"{who:9} TMA, wgmma and such: skipped, {NO_SM90}", flush=True)
+                return True
+            if said:
+                wrong += 1
+                print(f"{who:9} {names[at]}: {said}", flush=True)
+            at += 1
+        if at == before and at < len(names):
             wrong += 1
-            print(
-                f"{who:9} {name}: {answer.complaint or f'{int((answer.got != answer.want).sum())} wrong'}", flush=True
-            )
-    print(f"{who:9} TMA, wgmma and such: {wrong} of {len(cases_sm90.every_case())} cases are wrong", flush=True)
-    return wrong == 0
+            print(f"{who:9} {names[at]}: no answer", flush=True)
+            at += 1
+        if at == len(names):
+            break
+    print(f"{who:9} TMA, wgmma and such: {wrong} of {at} cases are wrong, {len(names) - at} not asked", flush=True)
+    return wrong == 0 and at == len(names)
+
+
+def ask_hopper(library: Path, first: int) -> Iterable[str]:
+    """What the process that :func:`answer_hopper` is says, line by line."""
+    command = [sys.executable, "-m", "benchmarks.gpu_probe", "hopper", str(library), str(first)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield from (line.rstrip("\n") for line in process.stdout)
+
+
+def answer_hopper(library: Path, first: int) -> int:
+    test = Selftest(library)
+    for case in list(cases_sm90.every_case().values())[first:]:
+        answer = case(test)
+        said = answer.complaint or ("" if answer.right else f"{int((answer.got != answer.want).sum())} wrong")
+        print(" ".join(said.split()), flush=True)
+        if "CUDA error" in said:
+            return 1
+    return 0
 
 
 # ---- tiny, layers
@@ -222,9 +255,12 @@ def table_of(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["probe", "tiny", "layers", "table", "metrics"])
+    parser.add_argument("what", choices=["probe", "hopper", "tiny", "layers", "table", "metrics"])
     parser.add_argument("file", nargs="?", type=Path)
+    parser.add_argument("first", nargs="?", type=int, default=0)
     options = parser.parse_args()
+    if options.what == "hopper":
+        return answer_hopper(options.file, options.first)
     if options.what == "metrics":
         print(",".join(METRICS))
         return 0

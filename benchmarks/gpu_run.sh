@@ -9,6 +9,7 @@
 #     tests      the tests, without the emulated ones and those that never touch a GPU
 #     sanitize   compute-sanitizer, memcheck and racecheck, on tiny problems
 #     bench      python -m relpos_cuda bench
+#     wgmma      tests and bench of the attention's forward for sm_90, beside the other
 #     profile    ncu on every kernel of sam_b_global and sam_b_windows, bfloat16
 #
 #   benchmarks/gpu_run.sh --list        the steps, and the seconds each may take
@@ -17,7 +18,7 @@
 #
 #   OUT/log.txt        info, build, probe, sanitize      OUT/bench.txt   OUT/profile.txt   OUT/summary.json:
 #   OUT/tests.txt      OUT/tests.xml                     OUT/bench.json  OUT/profile.csv   exit code, seconds, ...
-#                                                        OUT/*.svg
+#   OUT/wgmma.txt      OUT/wgmma/*                       OUT/*.svg
 #
 # Variables: OUT (default benchmarks/results/<gpu>/<date>-<commit>), PYTHON (python3), BUDGET (seconds for all steps
 # together; none), COMMIT (what git says), BENCH_ARGS and TEST_ARGS (more arguments of the two).
@@ -25,7 +26,7 @@
 # Exit code: 0 if every step passed, 1 if one failed, 2 if there is no GPU or no such step.
 set -uo pipefail
 
-STEPS="info build probe tests sanitize bench profile"
+STEPS="info build probe tests sanitize bench wgmma profile"
 # Tests of builds, packaging and the emulator: the CPU's business, minutes of it.
 CPU_TESTS="bench build canaries cute demo distributed gpu_run install isa loader modules readme sanitizers sass
   sass_probe simt simt_races simt_sm90 toolchain"
@@ -38,13 +39,14 @@ limit_of() {
     tests) echo 480 ;;
     sanitize) echo 300 ;;
     bench) echo 540 ;;
+    wgmma) echo 240 ;;
     profile) echo 240 ;;
   esac
 }
 
 log_of() {
   case $1 in
-    tests | bench | profile) echo "$OUT/$1.txt" ;;
+    tests | bench | wgmma | profile) echo "$OUT/$1.txt" ;;
     *) echo "$OUT/log.txt" ;;
   esac
 }
@@ -95,7 +97,7 @@ step_probe() {
 
 step_tests() {
   local options=(--junitxml="$OUT/tests.xml" -p no:cacheprovider -v -rfE --durations=15 -k "not emulated")
-  for name in $CPU_TESTS; do options+=(--ignore="tests/test_$name.py"); done
+  for name in $CPU_TESTS attention_sm90; do options+=(--ignore="tests/test_$name.py"); done
   if "$PYTHON" -c 'import xdist' 2>/dev/null; then
     options+=(-n 4)
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
@@ -115,6 +117,13 @@ step_sanitize() {
 step_bench() {
   # shellcheck disable=SC2086  # several arguments
   try "$PYTHON" -m relpos_cuda bench --device cuda --out "$OUT" ${BENCH_ARGS:-}
+}
+
+step_wgmma() { # by itself: an instruction that a GPU refuses ends all that its process has there
+  try "$PYTHON" -m pytest -p no:cacheprovider -v -rfE -k "not emulated" tests/test_attention_sm90.py
+  local bench=(--device cuda --parts ops --ops attention --no-compile --passes forward)
+  RELPOS_CUDA_WGMMA=1 try "$PYTHON" -m relpos_cuda bench "${bench[@]}" --out "$OUT/wgmma" \
+    --cases sam_h_global sam_b_global sam_h_windows sam_b_windows mvitv2_stage1 deepseek_ocr_768
 }
 
 step_profile() {

@@ -65,6 +65,15 @@ class Instruction:
         return int(found[-1], 16) if found else None
 
     @property
+    def written(self) -> range:
+        """Registers of the thread that an instruction other than HGMMA writes; as many as it can."""
+        found = re.match(r"(?:U?P[T\d]+, )*R(\d+)\b", self.operands)
+        if not found or self.root in ("STG", "STS", "R2UR", "SYNCS", "HGMMA"):
+            return range(0)
+        wide = 4 if re.search(r"\.128|LDSM.*\.4$", self.opcode) else 2 if re.search(r"64|WIDE|CS2R", self.opcode) else 1
+        return range(int(found[1]), int(found[1]) + wide)
+
+    @property
     def falls_through(self) -> bool:
         if self.root in ("EXIT", "RET", "BRX", "JMP"):
             return self.predicated
@@ -155,6 +164,26 @@ class Kernel:
         """The smallest loop with at least so many products on tensor cores: that of the tiles of keys."""
         large = [loop for loop in self.loops if sum(i.root == "HMMA" for i in self.within(loop)) >= products]
         return min(large, key=lambda loop: len(loop.body), default=None)
+
+    def written_before(self, address: int, register: int) -> set[str]:
+        """Opcodes of all that may have written the register last when control comes to the address; or "nothing"."""
+        at = {i.address: i for i in self.code}
+        found: set[str] = set()
+        seen: set[int] = set()
+        pending = list(self.predecessors[address])
+        while pending:
+            i = at[pending.pop()]
+            if i == self.code[0] and register not in i.written:
+                found.add("nothing")
+            if i.address in seen:
+                continue
+            seen.add(i.address)
+            if register in i.written:
+                found.add(i.opcode)
+                if not i.predicated:
+                    continue
+            pending += self.predecessors[i.address]
+        return found
 
     def within(self, loop: Loop) -> list[Instruction]:
         return [i for i in self.code if i.address in loop.body]

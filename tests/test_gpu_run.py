@@ -19,7 +19,7 @@ from simt.selftest_sm90 import Selftest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
-STEPS = ["info", "build", "probe", "tests", "sanitize", "bench", "profile"]
+STEPS = ["info", "build", "probe", "tests", "sanitize", "bench", "wgmma", "profile"]
 NO_GPU = "#!/bin/sh\necho No devices were found\nexit 6\n"
 ONE_GPU = """#!/bin/sh
 case "$*" in *name,driver_version*) echo "NVIDIA Pretend 9000 (rev. 2), 999.01" ;; *) echo "pretend smi" ;; esac
@@ -179,17 +179,36 @@ def test_tf32_is_rounded_to_nearest_and_away_from_zero():
         assert probe_formulas.formula("to_tf32", (given,)).view(torch.float32).item() == want
 
 
-def test_a_wrong_hopper_case_is_counted_and_a_missing_hopper_is_not(monkeypatch: pytest.MonkeyPatch, capsys):
+@pytest.mark.parametrize(
+    "processes,right,says",
+    [
+        ([["", "", ""]], True, "0 of 3 cases are wrong, 0 not asked"),
+        ([["", "1 wrong", ""]], False, "two: 1 wrong"),
+        ([["", "CUDA error: all is lost"], [""]], False, "1 of 3 cases are wrong, 0 not asked"),
+        ([[], ["", ""]], False, "one: no answer"),
+        ([["CUDA error"], ["CUDA error"]], False, "2 of 2 cases are wrong, 1 not asked"),
+        ([[f"this GPU has {gpu_probe.NO_SM90}"]], True, "skipped"),
+    ],
+)
+def test_hopper_cases_are_counted_over_many_processes(processes, right, says, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(cases_sm90, "every_case", lambda: dict.fromkeys(["one", "two", "three"]))
+    monkeypatch.setattr(gpu_probe, "MOST_PROCESSES", len(processes))
+    answers = iter(processes)
+    assert gpu_probe.hopper_is_right("gpu", lambda first: (asked.append(first), next(answers))[1]) == right
+    assert says in capsys.readouterr().out
+    assert asked == sorted(set(asked)), "no case twice"
+
+
+def test_a_hopper_process_ends_with_the_context(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     one, two = torch.ones(2), torch.tensor([1.0, 2.0])
-    for answer, right, says in (
-        (cases_sm90.Answer(None, one, one), True, "0 of 1 cases are wrong"),
-        (cases_sm90.Answer(None, one, two), False, "a case: 1 wrong"),
-        (cases_sm90.Answer("broken", one, one), False, "a case: broken"),
-        (cases_sm90.Answer(f"this GPU has {gpu_probe.NO_SM90}", one, two), True, "skipped"),
-    ):
-        monkeypatch.setattr(cases_sm90, "every_case", lambda answer=answer: {"a case": lambda test: answer})
-        assert gpu_probe.hopper_is_right("gpu", Selftest.__new__(Selftest)) == right
-        assert says in capsys.readouterr().out
+    cases = [(None, one), (None, two), ("broken\nhere", one), ("CUDA error: illegal", one), (None, one)]
+    every = {str(i): lambda test, case=case: cases_sm90.Answer(*case, one) for i, case in enumerate(cases)}
+    monkeypatch.setattr(cases_sm90, "every_case", lambda: every)
+    monkeypatch.setattr(gpu_probe, "Selftest", lambda library: None)
+    assert gpu_probe.answer_hopper(Path("none"), 1) == 1
+    assert capsys.readouterr().out.splitlines() == ["1 wrong", "broken here", "CUDA error: illegal"]
+    assert gpu_probe.answer_hopper(Path("none"), 4) == 0
 
 
 # ---- sanitize, profile

@@ -90,11 +90,14 @@ void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tenso
   p.lines = lines->mutable_data_ptr<float>();
 }
 
-// Whether the forward for sm_90 takes these params: where it is asked for, as no GPU has run it yet, and TMA can read k
-// and v, which steps to another group or token.
+// Whether the forward for sm_90 takes these params: where it is asked for, as no GPU has run it yet, and k and v have
+// strides, without which TMA does not step from one to the next.
 bool takes_warpgroups(const AttentionFwdParams& p, const OnDevice& device, const Tensor& q) {
   const char* wanted = std::getenv("RELPOS_CUDA_WGMMA");
-  const auto has_strides = [](const InRows& rows) { return rows.batch && rows.head && rows.row; };
+  const Shape& s = p.shape;
+  const auto has_strides = [&](const InRows& rows) {
+    return (rows.batch || s.groups == s.heads) && (rows.head || s.heads == 1) && (rows.row || s.N() == 1);
+  };
   return kWithSm90 && wanted && !std::strcmp(wanted, "1") && has_strides(p.k) && has_strides(p.v) &&
          plan_attention(AttentionKernel::kForwardSm90, p.shape, bytes_of(q), device.arch(), p.scale).refusal.empty();
 }

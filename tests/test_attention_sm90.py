@@ -1,0 +1,149 @@
+"""The attention's forward for sm_90, with TMA and wgmma: values, every gradient after it, and that it is what runs."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import emulator
+import relpos_cuda
+from checks import compare_attention
+from conftest import use_device
+from problems import ATTENTION_NAMES, AttentionInputs, Problem, call_attention, draw_attention, run_attention, same
+from relpos_cuda import _env
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+SMALL = [  # D up to 64 and no tile of 48: emulator.FEW_KERNELS
+    same("line_of_33", 2, 33, 64, batch=2),
+    same("round_the_stages", 9, 40, 8, heads=1),
+    same("ragged_5x13", 5, 13, 48, batch=2),
+    same("line_of_5", 7, 5, 16, batch=4, heads=3),
+    same("interpolated", 5, 12, 40, table=27),
+    Problem("two_blocks_of_queries", (9, 15), (3, 4), 32),
+    Problem("lines_past_the_end", (3, 4), (5, 14), 56, batch=4),
+    Problem("two_spans", (2, 5), (3, 76), 24, batch=2),
+    Problem("video", (2, 3, 11), (3, 4, 11), 32),
+]
+LARGE = [
+    same("line_of_64", 3, 64, 80, heads=1),
+    same("line_of_48", 3, 48, 64, heads=1),
+    same("sam_h_window", 14, 14, 80, heads=1),
+    Problem("two_spans_of_40", (2, 5), (3, 76), 128, batch=2, heads=1),
+    Problem("mvitv2", (9, 15), (7, 7), 96, heads=1),
+    same("dim_112", 4, 24, 104, batch=2),
+]
+ours = relpos_cuda.rel_pos_attention
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv(emulator.ARCH, "90")
+    monkeypatch.setenv(_env.WGMMA.name, "1")
+    device = use_device(request.param, monkeypatch)
+    if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("this GPU is not of sm_90")
+    return device
+
+
+def by_warpgroups(device: str, call: Callable[[], object]) -> bool:
+    """Whether the kernel for sm_90 ran during the call."""
+    if device == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call()
+            torch.cuda.synchronize()
+        return any("attention_fwd_sm90" in event.key for event in profile.key_averages())
+    emulated = ctypes.CDLL(str(emulator.build()))
+    emulated.simt_count.restype = ctypes.c_long
+    before = emulated.simt_count(b"wgmma")
+    call()
+    return bool(emulated.simt_count(b"wgmma") > before)
+
+
+def check(problem: Problem, inputs: AttentionInputs, dtype: torch.dtype, device: str) -> None:
+    assert by_warpgroups(device, lambda: compare_attention(problem, inputs, dtype, device))
+
+
+@HALVES
+@pytest.mark.parametrize("problem", [*SMALL, *LARGE], ids=str)
+def test_values_and_gradients(problem: Problem, dtype: torch.dtype, device: str):
+    check(problem, draw_attention(problem, dtype), dtype, device)
+
+
+def with_large_bias(inputs: AttentionInputs) -> None:
+    for table in inputs.tensors[3:]:
+        table *= 8
+
+
+def with_huge_logit(inputs: AttentionInputs) -> None:
+    inputs.tensors[0][0, 0, 5] *= 64
+    inputs.tensors[1][0, 0, 11] *= 64
+
+
+def with_small_logits(inputs: AttentionInputs) -> None:
+    """All far below zero: what pads a tile would win every softmax."""
+    inputs.tensors[0] = inputs.tensors[0].abs() + 4
+    inputs.tensors[1] = -inputs.tensors[1].abs() - 4
+
+
+@HALVES
+@pytest.mark.parametrize("extreme", [with_large_bias, with_huge_logit, with_small_logits])
+def test_extremes(extreme: Callable[[AttentionInputs], None], dtype: torch.dtype, device: str):
+    problem = same("extreme", 5, 11, 32, batch=2)
+    inputs = draw_attention(problem, dtype)
+    extreme(inputs)
+    inputs.tensors = [t.to(dtype).double() for t in inputs.tensors]
+    check(problem, inputs, dtype, device)
+
+
+def packed(leaves: list[Tensor]) -> list[Tensor]:
+    """q, k and v as views of one tensor [B, S, 3, heads, D]."""
+    q, k, v = torch.stack([t.transpose(1, 2) for t in leaves[:3]], dim=2).unbind(2)
+    return [*(t.transpose(1, 2) for t in (q, k, v)), *leaves[3:]]
+
+
+def three_dimensional(leaves: list[Tensor]) -> list[Tensor]:
+    return [*(t.flatten(0, 1) for t in leaves[:3]), *leaves[3:]]
+
+
+@pytest.mark.parametrize("layout", [packed, three_dimensional])
+def test_layouts(layout: Callable[[list[Tensor]], list[Tensor]], device: str):
+    problem = same("strided", 4, 9, 16, batch=2, heads=3)
+    leaves = draw_attention(problem, torch.bfloat16).leaves(torch.bfloat16, device)
+    want = call_attention(ours, problem, leaves)
+    got = []
+    assert by_warpgroups(device, lambda: got.append(call_attention(ours, problem, layout(leaves))))
+    assert torch.equal(got[0].reshape(want.shape), want)
+
+
+@pytest.mark.parametrize("where", ["keys of all groups", "class tokens", "float32", "not asked for"])
+def test_what_the_other_kernel_does(where: str, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Keys without a stride, which TMA does not take, among others."""
+    prefix, dtype = int(where == "class tokens"), torch.float32 if where == "float32" else torch.bfloat16
+    problem = Problem("other", (4, 6), (4, 6), 16, batch=2, heads=2, prefix=prefix)
+    inputs = draw_attention(problem, dtype)
+    tensors = [t.to(device, dtype) for t in inputs.tensors]
+    if where == "keys of all groups":
+        tensors[1:3] = [t[:1].expand_as(t) for t in tensors[1:3]]
+    if where == "not asked for":
+        monkeypatch.delenv(_env.WGMMA.name)
+    got: list[Tensor] = []
+    assert not by_warpgroups(device, lambda: got.append(call_attention(ours, problem, tensors)))
+    want = call_attention(ours, problem, [t.cpu().double() for t in tensors])
+    torch.testing.assert_close(got[0].cpu().double(), want, rtol=2**-5, atol=2**-5)
+
+
+def test_same_bits_whatever_comes_first(device: str, monkeypatch: pytest.MonkeyPatch):
+    problem = same("some", 5, 40, 16, batch=2)
+    inputs = draw_attention(problem, torch.bfloat16)
+    first = run_attention(ours, problem, inputs, torch.bfloat16, device)
+    for schedule in ("lifo", "random"):
+        monkeypatch.setenv("SIMT_SCHED", schedule)
+        again = run_attention(ours, problem, inputs, torch.bfloat16, device)
+        for name, a, b in zip(ATTENTION_NAMES, first, again, strict=False):
+            assert torch.equal(a, b), name
