@@ -69,7 +69,8 @@ struct SpanRows : Span {
   int token[kMaxKeyBlocks * 8];
   int8_t line[kMaxKeyBlocks * 8];
 };
-// The place of a block and the rows of a span live in shared memory: in registers they would be in the way of the products for as long as they last.
+// The place of a block and the rows of a span live in shared memory: in registers they would be in the way of the
+// products for as long as they last.
 constexpr int64_t kPlaceBytes = 32, kSpanBytes = 368;
 static_assert(sizeof(BlockPlace) <= kPlaceBytes && sizeof(SpanRows) <= kSpanBytes);
 

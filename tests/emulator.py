@@ -21,7 +21,9 @@ from simt import toolchain
 ROOT = Path(__file__).parent.parent
 DTYPES = [f"-DRELPOS_TYPE={dtype}" for dtype in _libraries.CUDA_DTYPES]
 UNITS = [(f"csrc/{name}", dtype) for name in _libraries.CUDA_KERNELS for dtype in DTYPES]
-UNITS += [(f"csrc/{name}", f"-DRELPOS_TYPE={t}") for name in _libraries.CUDA_SM90_KERNELS for t in _libraries.CUDA_HALVES]
+UNITS += [
+    (f"csrc/{name}", f"-DRELPOS_TYPE={t}") for name in _libraries.CUDA_SM90_KERNELS for t in _libraries.CUDA_HALVES
+]
 UNITS += [(f"csrc/{name}", "") for name in (*_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)]
 NAMESPACE = "relpos_emulated"
 FEW_KERNELS = "-DRELPOS_MOST_HEAD_DIM=64"  # for what is compiled with sanitizers
@@ -69,18 +71,17 @@ def load() -> torch._ops._OpNamespace:
     return getattr(torch.ops, NAMESPACE)
 
 
-def build(sanitizer: toolchain.Sanitizer = toolchain.PLAIN) -> Path:
+def build() -> Path:
     """Compiles the library once per content of the sources; it takes 10 to 30 seconds."""
     if instead := os.environ.get(INSTEAD):
         return Path(instead)
-    target = ROOT / "build" / "emulated" / _digest() / f"lib{NAMESPACE}_{sanitizer.name}.so"
+    target = ROOT / "build" / "emulated" / _digest() / f"lib{NAMESPACE}.so"
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that run tests want it at the same time
         if not target.exists():
             unfinished = target.with_suffix(".tmp")
-            few = () if sanitizer == toolchain.PLAIN else (FEW_KERNELS,)
-            compile_tree(ROOT, unfinished, sanitizer, *few)
+            compile_tree(ROOT, unfinished)
             unfinished.replace(target)
     return target
 

@@ -162,7 +162,8 @@ class Kernel:
 
     def product_loop(self, products: int) -> Loop | None:
         """The smallest loop with at least so many products on tensor cores: that of the tiles of keys."""
-        large = [loop for loop in self.loops if sum(i.root == "HMMA" for i in self.within(loop)) >= products]
+        root = "HGMMA" if self.roots("HGMMA") else "HMMA"
+        large = [loop for loop in self.loops if sum(i.root == root for i in self.within(loop)) >= products]
         return min(large, key=lambda loop: len(loop.body), default=None)
 
     def written_before(self, address: int, register: int) -> set[str]:
@@ -317,6 +318,11 @@ template __global__ void attention_fwd_kernel<__nv_bfloat16, 80, 8, true>(const 
 template __global__ void attention_fwd_kernel<__nv_bfloat16, 64, 8, false>(const AttentionFwdParams);
 }
 """
+FORWARD_SM90 = re.sub(
+    r"\(const AttentionFwd",
+    "(const __grid_constant__ AttentionFwdSm90",
+    FORWARD.replace("attention_fwd", "attention_fwd_sm90"),
+)
 
 
 def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
@@ -326,7 +332,7 @@ def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
     """
     folder.mkdir()
     source, object_file = folder / "forward.cu", folder / "forward.o"
-    source.write_text(FORWARD)
+    source.write_text(FORWARD + FORWARD_SM90 if arch == "90a" else FORWARD)
     library = _libraries.library("cuda")
     unit = next(u for u in library.units if u.source.name == "attention_fwd.cu")
     of_unit = [flag for flag in unit.flags if not flag.startswith("-DRELPOS_TYPE")]
@@ -336,8 +342,9 @@ def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
     found = {}
     for kernel in kernels_of(object_file, arch):
         head_dim, blocks = map(int, str(kernel).split()[2:4])
-        strips = 2 if head_dim <= 80 else 1
-        loop = kernel.product_loop(strips * blocks * head_dim // 8)
+        of_sm90 = "sm90" in str(kernel)
+        strips = 2 if head_dim <= 80 and not of_sm90 else 1
+        loop = kernel.product_loop((head_dim // 16 + blocks // 2) if of_sm90 else strips * blocks * head_dim // 8)
         assert loop is not None, f"{kernel}: no loop over keys"
         found[str(kernel)] = len(kernel.within(loop)) / (strips * blocks * 4)
     return found

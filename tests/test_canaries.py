@@ -1,4 +1,6 @@
-"""Planted bugs: the real kernels are broken in one place at a time (tests/planting.py), and the tests must notice.
+"""The CUDA kernels, emulated, under sanitizers: right ones are silent; and of planted bugs the tests notice every one.
+
+The real kernels are broken in one place at a time (tests/planting.py):
 
     barriers ─────────────────────────────▶ ThreadSanitizer
     all others ──▶ plain ──survivors──▶ AddressSanitizer ──survivors──▶ longer tests ──▶ ThreadSanitizer ──▶ explain!
@@ -11,6 +13,7 @@ that is right whatever is planted there may have code too many: look at that fir
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -28,23 +31,37 @@ from simt.toolchain import ADDRESS, PLAIN, THREAD, Sanitizer
 NAMES = "tiny or misaligned or table_gradients or finite or asked"
 SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or spans"  # D <= 64: emulator.FEW_KERNELS
 WINDOWS = "one_line or interpol or one_pass or finer or video"
+OF_SM90 = "line_of_33 or round_the or ragged or interpol or two_blocks or past_the_end or two_spans- or video"
 SOON = {  # file: pytest's -k
     "test_logits.py": f"emulated and ({NAMES}) and not (longer or one_row or torch.float16)",
     "test_attention.py": f"emulated and (lse or asked or saved or tiny and ({SMALL}) and not torch.float16)",
     "test_attention_window.py": "emulated and not torch.float16 and (asked or two_kernels and (interpol or finer) "
     f"or test_windows and ({WINDOWS}))",
+    "test_attention_sm90.py": f"emulated and not torch.float16 and (layouts or test_values and ({OF_SM90}))",
 }
 SANITIZED = SOON | {
     "test_attention.py": "emulated and tiny and "
     "(torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) "
     "or torch.float32 and (5x13_mma or two_class))",
     "test_attention_window.py": "emulated and test_windows and torch.bfloat16 and (interpol or finer or video)",
+    "test_attention_sm90.py": "emulated and test_values and torch.bfloat16 and (round_the or two_spans- or two_blocks)",
+}
+SILENT = {
+    "test_logits.py": "emulated and (tiny or strides or not_finite) and "
+    "(ragged or row_1x7 or lanes or video or class or packed or inf)",
+    "test_attention.py": "emulated and not float16 and "
+    "(lse or tiny and (5x13_mma or 8x8 or video or class_tok or fraction or more or spans))",
+    "test_attention_window.py": "emulated and not torch.float16 and test_windows and "
+    "(one_line or interpol or finer or video)",
+    "test_attention_sm90.py": "emulated and not torch.float16 and "
+    "(layouts or test_values and (round_the or ragged or past_the_end or two_spans-))",
 }
 LATER = {
     "test_logits.py": "emulated and (random or tiny and (longer or one_row))",
     "test_attention.py": "emulated and (large_bias or huge or whole_table or strides or scale or saved "
     f"or tiny and ({SMALL} or axes or fewer))",
     "test_attention_window.py": f"emulated and (extremes or packed or bits or {WINDOWS} or 13x13)",
+    "test_attention_sm90.py": f"emulated and (extremes or layouts or bits or other or {OF_SM90})",
 }
 ONE_IN = 1 if EVERYTHING else 10  # barriers, always
 ALL_IS_WELL = 0  # the number of no bug: the copy is as good as the original
@@ -79,7 +96,6 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_bwd_window.cuh: p.dq.data -> true | p.dfactors": DROPPED,
     "attention_bwd_window.cuh: p.dfactors -> true | p.dq.data": DROPPED,
     "attention_bwd_window.cuh: p.dq.data -> true | if (p.dq.data) {": SLOWER,
-    "attention_fwd.cuh: !__any_sync(~0u, grown) -> false": SLOWER,
     "logits_bwd.cuh: o0 < keys_o -> o0 <= keys_o": ONE_MORE_ROUND,
     "logits_bwd.cuh: v * V < shift + n -> v * V <= shift + n": DROPPED,
     "logits_bwd.cuh: at + V <= to.end -> false": SLOWER,
@@ -114,6 +130,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "tile/factors.cuh: j > 0 -> false": SLOWER,
     "tile/operands.cuh: ends_before<T>(d, width) -> false": SLOWER,
     "tile/operands.cuh: s < HELD -> false": SLOWER,
+    "tile/softmax.cuh: !__any_sync(~0u, grown) -> false": SLOWER,
     "tile/rows.cuh: i < count -> i <= count | blockDim.x": OVERWRITTEN,
     "tile/rows.cuh: s.axis[a].rows == 0 -> false": OVERWRITTEN,
     "tile/tokens.cuh: i < block_rows -> i <= block_rows": OVERWRITTEN,
@@ -146,10 +163,11 @@ def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs:
         """What both ops share is tested enough by the first file of each."""
         if bug == ALL_IS_WELL:
             return sorted({file for other in bugs for file in files_of(other)})
-        ops = planting.ops_of(planted[bug - 1].file)
+        where = planted[bug - 1].file
+        ops, of_sm90 = planting.ops_of(where), "sm90" in where
         if len(ops) > 1:
             return [f"test_{op}.py" for op in ops]
-        return [file for file in tests if file.startswith(f"test_{ops[0]}")]
+        return [file for file in tests if file.startswith(f"test_{ops[0]}") and ("sm90" in file) == of_sm90]
 
     def ask(mine: list[int]) -> str:
         asked = "\n".join(" ".join([str(bug), *files_of(bug)]) for bug in mine)
@@ -176,6 +194,18 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[Sanitizer, Path]
     sanitizers = [ADDRESS, PLAIN, THREAD]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(sanitizers, pool.map(compile_with, sanitizers), strict=True))
+
+
+@pytest.mark.parametrize("file", SILENT)
+@pytest.mark.parametrize("sanitizer", [ADDRESS, THREAD], ids=lambda s: s.name)
+def test_silence(libraries: dict[Sanitizer, Path], sanitizer: Sanitizer, file: str):
+    """Without a bug, under a schedule at random: not a word."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", SILENT[file]]
+    environment = os.environ | sanitizer.environment | {emulator.INSTEAD: str(libraries[sanitizer])}
+    environment |= {"SIMT_SCHED": "random", "PYTHONPATH": str(planting.ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout and "skipped" not in done.stdout
 
 
 def test_every_planted_bug_is_noticed(libraries: dict[Sanitizer, Path], capsys: pytest.CaptureFixture[str]):
@@ -210,11 +240,12 @@ def test_what_is_called_harmless_can_be_planted():
 
 def test_every_barrier_is_planted():
     """Counted by other means than planting.py finds them."""
+    call = re.compile(r"__sync|cp_async_|\b(?:mbarrier|fence)_|wgmma_[fcw]")
     barriers = 0
     for path in planting.ROOT.joinpath(planting.KERNELS).rglob("*.cuh"):
         if path.name not in planting.NOT_EMULATED:
             code = [line.split("//")[0] for line in path.read_text().splitlines()]
-            barriers += sum(line.count("__sync") + line.count("cp_async_") for line in code)
+            barriers += sum(len(call.findall(line)) for line in code)
     assert barriers == sum(bug.slip == planting.LEFT_OUT for bug in planting.bugs()) > 0
 
 

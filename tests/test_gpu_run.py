@@ -15,7 +15,6 @@ import torch
 
 from benchmarks import gpu_probe, probe_formulas
 from simt import cases_sm90, toolchain
-from simt.selftest_sm90 import Selftest
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"

@@ -82,7 +82,7 @@ void softmax_lanes(const ScoreBlock<C> b, int64_t lane, C* largest, C* sum, C* s
       C* at = b.scores + n * kStrip + lane + v * L;
       const Vec<C> y = load(at) * b.scale;
       store(at, y);
-      most[v] = y > most[v] ? y : most[v];
+      most[v] = max(y, most[v]);
     }
   for_each_image_row(b, [&](int64_t n, int64_t o, int64_t j, int64_t count) {
     Vec<C> outer[VECS];
@@ -92,7 +92,7 @@ void softmax_lanes(const ScoreBlock<C> b, int64_t lane, C* largest, C* sum, C* s
         C* at = b.scores + (n + i) * kStrip + lane + v * L;
         const Vec<C> y = load(at) * b.scale + (outer[v] + load(b.inner + (j + i) * kStrip + lane + v * L));
         store(at, y);
-        most[v] = y > most[v] ? y : most[v];
+        most[v] = max(y, most[v]);
       }
   });
   for (int64_t n = 0; n < b.keys;) {
@@ -227,8 +227,8 @@ void transpose(C* to, int64_t to_ld, const C* from, int64_t from_ld, int64_t row
   }
 }
 
-#if defined(__AVX512F__)
 // Of two rows whose numbers differ in the bit BIT only: exchanges what lies in columns with and without that bit.
+#if defined(__AVX512F__)
 template <int BIT>
 inline void exchange(Vec<float>& without, Vec<float>& with) {
   static constexpr auto order = [](bool high) {
@@ -241,29 +241,49 @@ inline void exchange(Vec<float>& without, Vec<float>& with) {
   without = reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(order(false)), b));
   with = reinterpret_cast<Vec<float>>(_mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(order(true)), b));
 }
+#elif defined(__AVX2__)
 template <int BIT>
-inline void exchange_all(Vec<float> (&row)[16]) {
+inline void exchange(Vec<float>& without, Vec<float>& with) {
+  const __m256 a = reinterpret_cast<__m256>(without), b = reinterpret_cast<__m256>(with);
+  __m256 left, right;
+  if constexpr (BIT == 1) {
+    left = _mm256_blend_ps(a, _mm256_moveldup_ps(b), 0xaa);
+    right = _mm256_blend_ps(_mm256_movehdup_ps(a), b, 0xaa);
+  } else if constexpr (BIT == 2) {
+    left = _mm256_shuffle_ps(a, b, 0x44);
+    right = _mm256_shuffle_ps(a, b, 0xee);
+  } else {
+    left = _mm256_permute2f128_ps(a, b, 0x20);
+    right = _mm256_permute2f128_ps(a, b, 0x31);
+  }
+  without = reinterpret_cast<Vec<float>>(left);
+  with = reinterpret_cast<Vec<float>>(right);
+}
+#endif
+#if defined(__AVX2__)
+// All pairs of rows of a square, for this bit and all above.
+template <int BIT, int SIDE>
+inline void exchange_all(Vec<float> (&row)[SIDE]) {
 #pragma GCC unroll 16
-  for (int r = 0; r < 16; ++r)
+  for (int r = 0; r < SIDE; ++r)
     if (!(r & BIT)) exchange<BIT>(row[r], row[r | BIT]);
+  if constexpr (2 * BIT < SIDE) exchange_all<2 * BIT>(row);
 }
 
-// 16 x 16 at a time, in registers.
+// A square of whole vectors at a time, in registers.
 template <>
 void transpose(float* to, int64_t to_ld, const float* from, int64_t from_ld, int64_t rows, int64_t columns,
                float factor) {
-  for (int64_t r0 = 0; r0 < rows; r0 += 16)
-    for (int64_t c0 = 0; c0 < columns; c0 += 16) {
-      Vec<float> row[16];
+  constexpr int kSide = kLanes<float>;
+  for (int64_t r0 = 0; r0 < padded<float>(rows); r0 += kSide)
+    for (int64_t c0 = 0; c0 < columns; c0 += kSide) {
+      Vec<float> row[kSide];
 #pragma GCC unroll 16
-      for (int r = 0; r < 16; ++r)
+      for (int r = 0; r < kSide; ++r)
         row[r] = r0 + r < rows ? factor * load(from + (r0 + r) * from_ld + c0) : Vec<float>{};
       exchange_all<1>(row);
-      exchange_all<2>(row);
-      exchange_all<4>(row);
-      exchange_all<8>(row);
 #pragma GCC unroll 16
-      for (int c = 0; c < 16; ++c)
+      for (int c = 0; c < kSide; ++c)
         if (c0 + c < columns) store(to + (c0 + c) * to_ld + r0, row[c]);
     }
 }

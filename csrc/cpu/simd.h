@@ -142,10 +142,13 @@ inline void store(Float16* p, Vec<float> v) {
 inline Vec<float> max(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512F__)
   return reinterpret_cast<Vec<float>>(_mm512_max_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b)));
+#elif defined(__AVX2__)
+  return reinterpret_cast<Vec<float>>(_mm256_max_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b)));
 #else
   return a > b ? a : b;
 #endif
 }
+inline Vec<double> max(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
 
 // ---- the first n lanes; the others read as zero and are not written
 #if defined(__AVX512F__)

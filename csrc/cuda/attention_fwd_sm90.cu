@@ -12,10 +12,14 @@ TensorMap map_of(const AttentionFwdParams& p, const InRows& rows) {
   const Shape& s = p.shape;
   const int64_t columns = s.axis[kW].keys, batch = s.groups / s.heads;
   const auto step = [](int64_t size, int64_t stride) { return size == 1 ? 16 : stride * kBytes; };  // 16: not used
-  return make_tensor_map({rows.data, int{kBytes}, 5, {s.D, columns, s.outer_keys(), s.heads, batch},
+  return make_tensor_map({rows.data,
+                          int{kBytes},
+                          5,
+                          {s.D, columns, s.outer_keys(), s.heads, batch},
                           {kBytes, step(columns, rows.row), step(s.outer_keys(), rows.row * columns),
                            step(s.heads, rows.head), step(batch, rows.batch)},
-                          {kSm90Row, p.keys.columns, p.keys.lines, 1, 1}, Swizzle::k128});
+                          {kSm90Row, p.keys.columns, p.keys.lines, 1, 1},
+                          Swizzle::k128});
 }
 
 }  // namespace

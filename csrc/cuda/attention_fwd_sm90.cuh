@@ -30,7 +30,7 @@ struct StageRing {
 
 template <int N>
 __device__ __forceinline__ auto flat(float (&x)[N][4]) -> float (&)[4 * N] {
-  return reinterpret_cast<float(&)[4 * N]>(x);
+  return reinterpret_cast<float (&)[4 * N]>(x);
 }
 
 // The two matrices of a stage, of BLOCKS * 8 rows.

@@ -116,12 +116,11 @@ __device__ __forceinline__ int column_of(const KeyTiling& keys, const Span& span
 
 // Number i of the spans: those of the lines; before them, from -class_tiles on, those of class tokens.
 __device__ __forceinline__ Span span_of(const AttentionParams& p, int i) {
-  if (i >= 0) {
-    const int first = i * p.keys.columns, columns = min(p.keys.columns, p.shape.axis[kW].keys - first);
-    return {true, i, first, columns, p.keys.tiles, 0};
-  }
-  const int first = (i + p.keys.class_tiles) * p.keys.keys(), columns = min(p.keys.keys(), p.shape.prefix - first);
-  return {false, i, first, columns, 1, p.keys.padded_lines};
+  const bool of_lines = i >= 0;
+  const int all = of_lines ? p.shape.axis[kW].keys : p.shape.prefix;
+  const int each = of_lines ? p.keys.columns : p.keys.keys();
+  const int first = (of_lines ? i : i + p.keys.class_tiles) * each, columns = min(each, all - first);
+  return {of_lines, i, first, columns, of_lines ? p.keys.tiles : 1, of_lines ? 0 : p.keys.padded_lines};
 }
 
 // The same and where its rows are, by all threads; known to all after a barrier.
