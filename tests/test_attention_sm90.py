@@ -45,6 +45,7 @@ ours = relpos_cuda.rel_pos_attention
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(emulator.ARCH, "90")
     monkeypatch.setenv(_env.WGMMA.name, "1")
+    monkeypatch.setenv("SIMT_PROXY", "1")  # where ThreadSanitizer watches, it sees the asynchronous proxy, too
     device = use_device(request.param, monkeypatch)
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU is not of sm_90")

@@ -3,7 +3,8 @@
 // Every CUDA thread is a thread of its own to it, and those of a block are ordered by barriers alone. Identities are
 // dear, so blocks of even and of odd number share two sets of them: neighbours are ordered by nothing. A thread may
 // have a second identity, the asynchronous proxy, through which wgmma reads shared memory: barriers order each of the
-// two by itself, only fence.proxy.async and the end of an asynchronous operation join them. A copy of TMA is of both.
+// two by itself, only fence.proxy.async and the end of an asynchronous operation join them. A copy of TMA belongs to
+// the asynchronous proxy of the thread that asks for it, and when it has arrived, both proxies of others know of it.
 #pragma once
 
 #include <memory>
@@ -57,6 +58,8 @@ class Order {
     __tsan_acquire(&at_[0]);
     who.as_async([this] { __tsan_acquire(&at_[1]); });
   }
+  // What the asynchronous proxies of those who released have seen is before the running identity.
+  void acquire_async() { __tsan_acquire(&at_[1]); }
   // The two proxies of one thread see each other's accesses.
   void join(const Identity& who) {
     __tsan_release(&at_[0]);
@@ -101,6 +104,7 @@ struct Identity {
 struct Order {
   void release(const Identity&) {}
   void acquire(const Identity&) {}
+  void acquire_async() {}
   void join(const Identity&) {}
   void complete(const Identity&) {}
 };

@@ -92,7 +92,10 @@ void deliver(Transfer& t) {
   const Identity& engine = next_engine();
   const Identity seen = async_proxy ? engine.of_both_proxies() : engine;
   engine.act([&] {
-    t.order.acquire(seen);
+    if (async_proxy)
+      t.order.acquire_async();
+    else
+      t.order.acquire(engine);
     t.copy();
     t.bar->order[t.bar->phase % 2].release(seen);
   });
@@ -240,12 +243,12 @@ void show_mbarriers() {
     if (bar.hidden_in == self) bar.hidden_in = nullptr;
 }
 
-void start_copy(const void* bar, int bytes, std::function<void()> copy, const Site& site) {
+void start_copy(const void* bar, int bytes, const std::function<void()>& copy, const Site& site) {
   const Unobserved books;
   Mbarrier& b = mbarriers.at(bar);
   if (b.hidden_in != nullptr) fail(site, "tma_load on an mbarrier that mbarrier_fence_init has not shown to it");
   ++counts.tma;
-  Transfer t{&b, bytes, std::move(copy), site};
+  Transfer t{&b, bytes, copy, site};  // made here, it is nobody's
   t.order.release(self->identity);
   if (happens_at_once())
     deliver(t);

@@ -34,7 +34,7 @@ void mbarrier_init(const void* bar, int count, const Site& site);
 void mbarrier_arrive(const void* bar, int bytes, const Site& site);
 void mbarrier_wait(const void* bar, int parity, const Site& site);
 void show_mbarriers();  // that this thread has initialised, to TMA
-void start_copy(const void* bar, int bytes, std::function<void()> copy, const Site& site);
+void start_copy(const void* bar, int bytes, const std::function<void()>& copy, const Site& site);
 
 void fence_proxies();
 void enter_async_proxy();
