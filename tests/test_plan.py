@@ -123,6 +123,30 @@ def check_attention(arch, kernel, dtype, problem):
     assert p.kernel.startswith("attention_" + {"forward": "fwd"}.get(kernel, kernel.replace("backward", "bwd")))
 
 
+@pytest.mark.parametrize("k_size", [(64, 64), (48, 48), (14, 14), (50, 76), (128, 128)])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128])
+def test_the_forward_for_sm90_fits(head_dim, k_size):
+    p = _loader.plan().plan_attention("forward_sm90", "bfloat16", 12, (64, 65), k_size, head_dim, 0, 90, 0.1)
+    assert (p.refusal, p.threads, p.block_rows, p.grid) == ("", 3 * 128, 2 * 64, 12 * 33)
+    assert 0 < p.shared_bytes <= PER_BLOCK[90] * 1024
+    assert p.kernel.startswith(f"attention_fwd_sm90_d{head_dim}_line")
+
+
+@pytest.mark.parametrize(
+    "dtype,k_size,prefix,arch,reason",
+    [
+        ("float32", (64, 64), 0, 90, "half precision"),
+        ("bfloat16", (64, 64), 1, 90, "class tokens"),
+        ("bfloat16", (64, 64), 0, 80, "sm_90"),
+        ("bfloat16", (64, 64), 0, 100, "sm_90"),
+        ("bfloat16", (1000, 1), 0, 90, "exceed shared memory"),
+    ],
+)
+def test_the_forward_for_sm90_refuses(dtype, k_size, prefix, arch, reason):
+    p = _loader.plan().plan_attention("forward_sm90", dtype, 1, k_size, k_size, 64, prefix, arch, 0.1)
+    assert reason in p.refusal and p.kernel == "none"
+
+
 @pytest.mark.parametrize("head_dim,archs", [(64, {80, 90, 100}), (80, {90, 100})])
 def test_windows_have_one_kernel_where_they_fit(head_dim, archs):
     window = (14, 14)

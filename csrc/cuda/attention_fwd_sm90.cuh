@@ -104,6 +104,27 @@ struct AttentionFwdSm90 {
   const Stages stages;
   uint64_t *full, *empty;
 
+  // Scores must be moved to what products are added to: many lines join them on the way, and cost nothing after.
+  __device__ __forceinline__ void load_lines(const LineFactors<T>& lines, int tile, int row,
+                                             float (&line)[BLOCKS][2]) const {
+    const Factor<T>* of_tile = &lines.at(tile * p.keys.lines, row);
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        line[j][half] = kWithBias ? to_float(of_tile[p.keys.line_of[j] * kSm90Rows + half * 8]) : 0.f;
+  }
+  __device__ __forceinline__ void start_from_lines(const StripBias<T, BLOCKS, ONE_LINE>& bias,
+                                                   float (&score)[BLOCKS][4], float (&line)[BLOCKS][2]) const {
+#pragma unroll
+    for (int j = 0; j < BLOCKS; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        score[j][e] = kWithBias ? fmaf(line[j][e / 2], p.from_powers, bias.column[j][e]) : 0.f;
+      line[j][0] = line[j][1] = 0.f;
+    }
+  }
+
   // By one thread.
   __device__ __forceinline__ void produce() const {
     StageRing ring{p.at_sm90.stage_count};
@@ -118,7 +139,7 @@ struct AttentionFwdSm90 {
   __device__ __forceinline__ void consume(int first, const Coordinates* rows, const Tile<T, D>& q,
                                           const LineFactors<T>& lines, float* stage) const {
     constexpr float kNothing[2] = {};
-    OnlineSoftmax<T, D, 1, BLOCKS, ONE_LINE> mine;
+    OnlineSoftmax<T, D, 1, BLOCKS, true> mine;
     StripBias<T, BLOCKS, ONE_LINE> bias;
     bias.first = first;
     lines.fill(p, rows, q, first, stage);
@@ -128,11 +149,15 @@ struct AttentionFwdSm90 {
       bias.fill_columns(p, span, rows, q, kNothing, kNothing, stage);
       for (int tile = 0; tile < p.keys.tiles; ++tile, ring.advance()) {
         float score[1][BLOCKS][4], line[1][BLOCKS][2];
-        bias.start(p, lines, span, tile, 0, score[0], line[0]);
+        if constexpr (ONE_LINE)
+          bias.start(p, lines, span, tile, 0, score[0], line[0]);
+        else
+          load_lines(lines, tile, bias.row(0), line[0]);
         OperandA<T> rows_of_q[D / 16];  // anew for every tile: kept, ptxas 13.0 gives their registers away meanwhile
 #pragma unroll
         for (int step = 0; step < D / 16; ++step) rows_of_q[step].load(q, first, step);
         mbarrier_wait(full + ring.stage, ring.parity);
+        if constexpr (!ONE_LINE) start_from_lines(bias, score[0], line[0]);
         stages.add_scores(score[0], rows_of_q, ring.stage);
         mine.weigh(p, score, line);
         stages.add_weighted(mine.out[0], score[0], ring.stage);
