@@ -97,7 +97,7 @@ def no_nvcc() -> str:
     return "" if nvcc.version >= (12, 8) else f"{nvcc} does not know all of these architectures"
 
 
-ARCHS = ("86", "89", "100", "120") if EVERYTHING else ("120",)  # test_sass.py builds for sm_80 and sm_90a
+ARCHS = ("86", "89", "90a", "100", "120") if EVERYTHING else ("90a", "120")  # test_sass.py reads sm_80 and sm_90a
 FEW_KERNELS = {"TORCH_CUDA_ARCH_LIST": ";".join(ARCHS), "RELPOS_CUDA_NVCCFLAGS": "-DRELPOS_MOST_HEAD_DIM=64"}
 
 

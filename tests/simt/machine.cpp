@@ -124,12 +124,13 @@ void run_block(unsigned threads) {
   while (crew->threads.size() < threads) {
     Thread& t = crew->threads.emplace_back(thread_main);
     t.index = static_cast<uint16_t>(crew->threads.size() - 1);
-    t.identity = new_identity(async_proxy);
+    t.identity = new_identity();
   }
   std::vector<Thread*> present;
   for (Thread& t : crew->threads) {
     t.done = t.index >= threads, t.groups = 0;
     if (t.done) continue;
+    t.identity.model_async(async_proxy);
     const unsigned row = t.index / blockDim.x;
     t.x = static_cast<uint16_t>(t.index % blockDim.x), t.y = static_cast<uint16_t>(row % blockDim.y);
     t.z = static_cast<uint8_t>(row / blockDim.y);

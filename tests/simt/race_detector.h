@@ -22,8 +22,12 @@ namespace simt {
 inline constexpr bool kDetectsRaces = true;
 
 struct Identity {
-  void *generic = nullptr, *async = nullptr;
+  void *generic = nullptr, *async = nullptr, *made = nullptr;  // the last: `async` of a launch that models it
 
+  void model_async(bool wanted) {
+    if (wanted && made == nullptr) made = __tsan_create_fiber(0);
+    async = wanted ? made : nullptr;
+  }
   // f() as the asynchronous proxy, if it is modelled.
   template <typename F>
   void as_async(F&& f) const {
@@ -83,14 +87,13 @@ struct Unobserved {
 };
 
 inline Identity host_identity() { return {__tsan_get_current_fiber()}; }
-inline Identity new_identity(bool with_async) {  // for ever: a destroyed one is given to somebody else
-  return {__tsan_create_fiber(0), with_async ? __tsan_create_fiber(0) : nullptr};
-}
+inline Identity new_identity() { return {__tsan_create_fiber(0)}; }  // for ever: else it is given to somebody else
 
 #else
 inline constexpr bool kDetectsRaces = false;
 
 struct Identity {
+  void model_async(bool) {}
   template <typename F>
   void as_async(F&&) const {}
   template <typename F>
@@ -112,7 +115,7 @@ struct Unobserved {
   Unobserved() {}
 };
 inline Identity host_identity() { return {}; }
-inline Identity new_identity(bool) { return {}; }
+inline Identity new_identity() { return {}; }
 #endif
 
 }  // namespace simt

@@ -83,7 +83,7 @@ void settle(Mbarrier& bar) {
 const Identity& next_engine() {
   static std::array<Identity, kDetectsRaces ? 32 : 1> engines;
   static size_t created = 0, next = 0;
-  if (created < engines.size()) engines[created++] = new_identity(false);
+  if (created < engines.size()) engines[created++] = new_identity();
   next = (next + 1) % created;
   return engines[next];
 }
