@@ -208,6 +208,31 @@ def draw_attention(problem: Problem, dtype: torch.dtype, seed: int = 0) -> Atten
     )
 
 
+def with_large_bias(inputs: AttentionInputs) -> None:
+    for table in inputs.tensors[3:]:
+        table *= 8
+
+
+def with_huge_logit(inputs: AttentionInputs) -> None:
+    inputs.tensors[0][0, 0, 5] *= 64
+    inputs.tensors[1][0, 0, 11] *= 64
+
+
+def with_small_logits(inputs: AttentionInputs) -> None:
+    """All far below zero: what pads a tile would win every softmax."""
+    inputs.tensors[0] = inputs.tensors[0].abs() + 4
+    inputs.tensors[1] = -inputs.tensors[1].abs() - 4
+
+
+EXTREMES = (with_large_bias, with_huge_logit, with_small_logits)
+
+
+def packed(tensors: list[Tensor]) -> list[Tensor]:
+    """q, k, v as views of one [B, S, 3, heads, D], as models produce them."""
+    qkv = torch.stack([t.transpose(1, 2) for t in tensors[:3]], dim=2)
+    return [*qkv.permute(2, 0, 3, 1, 4), *tensors[3:]]
+
+
 def call_attention(function, problem: Problem, tensors: list[Tensor], **more) -> Tensor:
     """The public signature, with the tables of a problem."""
     t = tensors[5] if len(tensors) == 6 else None

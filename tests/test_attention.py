@@ -16,6 +16,7 @@ from problems import (
     Problem,
     call_attention,
     draw_attention,
+    packed,
     run_attention,
     same,
     vanishes,
@@ -172,12 +173,6 @@ def test_what_is_added_to_a_whole_table_costs_no_precision(axis: int, dtype: tor
 
 
 # ---- layouts
-
-
-def packed(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """q, k, v as views of one [B, S, 3, heads, D], as models produce them."""
-    qkv = torch.stack([t.transpose(1, 2) for t in tensors[:3]], dim=2)
-    return [*qkv.permute(2, 0, 3, 1, 4), *tensors[3:]]
 
 
 def with_strided_last_axis(tensors: list[torch.Tensor]) -> list[torch.Tensor]:

@@ -13,7 +13,17 @@ import emulator
 import relpos_cuda
 from checks import compare_attention
 from conftest import use_device
-from problems import ATTENTION_NAMES, AttentionInputs, Problem, call_attention, draw_attention, run_attention, same
+from problems import (
+    ATTENTION_NAMES,
+    EXTREMES,
+    AttentionInputs,
+    Problem,
+    call_attention,
+    draw_attention,
+    packed,
+    run_attention,
+    same,
+)
 from relpos_cuda import _env
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -76,36 +86,14 @@ def test_values_and_gradients(problem: Problem, dtype: torch.dtype, device: str)
     check(problem, draw_attention(problem, dtype), dtype, device)
 
 
-def with_large_bias(inputs: AttentionInputs) -> None:
-    for table in inputs.tensors[3:]:
-        table *= 8
-
-
-def with_huge_logit(inputs: AttentionInputs) -> None:
-    inputs.tensors[0][0, 0, 5] *= 64
-    inputs.tensors[1][0, 0, 11] *= 64
-
-
-def with_small_logits(inputs: AttentionInputs) -> None:
-    """All far below zero: what pads a tile would win every softmax."""
-    inputs.tensors[0] = inputs.tensors[0].abs() + 4
-    inputs.tensors[1] = -inputs.tensors[1].abs() - 4
-
-
 @HALVES
-@pytest.mark.parametrize("extreme", [with_large_bias, with_huge_logit, with_small_logits])
+@pytest.mark.parametrize("extreme", EXTREMES)
 def test_extremes(extreme: Callable[[AttentionInputs], None], dtype: torch.dtype, device: str):
     problem = same("extreme", 5, 11, 32, batch=2)
     inputs = draw_attention(problem, dtype)
     extreme(inputs)
     inputs.tensors = [t.to(dtype).double() for t in inputs.tensors]
     check(problem, inputs, dtype, device)
-
-
-def packed(leaves: list[Tensor]) -> list[Tensor]:
-    """q, k and v as views of one tensor [B, S, 3, heads, D]."""
-    q, k, v = torch.stack([t.transpose(1, 2) for t in leaves[:3]], dim=2).unbind(2)
-    return [*(t.transpose(1, 2) for t in (q, k, v)), *leaves[3:]]
 
 
 def three_dimensional(leaves: list[Tensor]) -> list[Tensor]:

@@ -9,7 +9,7 @@ import emulator
 import relpos_cuda
 from checks import compare_attention
 from conftest import use_device
-from problems import ATTENTION_NAMES, AttentionInputs, Problem, call_attention, draw_attention, run_attention, same
+from problems import ATTENTION_NAMES, EXTREMES, Problem, call_attention, draw_attention, run_attention, same
 from relpos_cuda import _ops, support
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,24 +102,8 @@ def test_one_kernel_is_not_asked_for_less_than_it_makes(wanted: list[int], devic
         torch.testing.assert_close(g.cpu().double(), exact[i], rtol=2**-5, atol=2**-4)
 
 
-def with_large_bias(inputs: AttentionInputs) -> None:
-    for table in inputs.tensors[3:]:
-        table *= 8
-
-
-def with_huge_logit(inputs: AttentionInputs) -> None:
-    inputs.tensors[0][0, 0, 5] *= 64
-    inputs.tensors[1][0, 0, 11] *= 64
-
-
-def with_small_logits(inputs: AttentionInputs) -> None:
-    """All far below zero: what pads a window would win every softmax."""
-    inputs.tensors[0] = inputs.tensors[0].abs() + 4
-    inputs.tensors[1] = -inputs.tensors[1].abs() - 4
-
-
 @HALVES
-@pytest.mark.parametrize("extreme", [with_large_bias, with_huge_logit, with_small_logits])
+@pytest.mark.parametrize("extreme", EXTREMES)
 def test_extremes(extreme, dtype: torch.dtype, device: str, passes: list[int]):
     problem = same("extreme", 5, 11, 32, batch=2)
     inputs = draw_attention(problem, dtype)
