@@ -260,6 +260,8 @@ def main() -> int:
     parser.add_argument("first", nargs="?", type=int, default=0)
     options = parser.parse_args()
     if options.what == "hopper":
+        if options.file is None or not options.file.is_file():
+            parser.error("hopper needs a library")
         return answer_hopper(options.file, options.first)
     if options.what == "metrics":
         print(",".join(METRICS))

@@ -111,7 +111,7 @@ WGMMA = Variable(
     "0",
     "1: on sm_90, the forward of the attention in half precision is the kernel with TMA and `wgmma`, which no GPU has "
     "run yet.",  # read by csrc/cuda, listed here
-    _switch,
+    _one_of("0", "1"),
 )
 ARCH_LIST = Variable(
     "TORCH_CUDA_ARCH_LIST",

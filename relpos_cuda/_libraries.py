@@ -30,9 +30,9 @@ CPU_KERNELS = ("cpu/logits_kernels.cpp", "cpu/attention_kernels.cpp")  # once pe
 CPU_PAIR_KERNELS = ("cpu/pair_kernels.cpp",)  # for processors with AVX-512-BF16
 CUDA_SOURCES = ("cuda/attention.cu", "cuda/logits.cu", "cuda/table_grad.cu")
 CUDA_KERNELS = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu")  # once per dtype
-CUDA_DTYPES = ("float", "__half", "__nv_bfloat16")
 CUDA_HALVES = ("__half", "__nv_bfloat16")
-CUDA_SM90_KERNELS = ("cuda/attention_fwd_sm90.cu",)  # once per such dtype, for 90a only
+CUDA_DTYPES = ("float", *CUDA_HALVES)
+CUDA_SM90_KERNELS = ("cuda/attention_fwd_sm90.cu",)  # once per dtype of 16 bits, for 90a only
 CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")

@@ -72,7 +72,7 @@ def load() -> torch._ops._OpNamespace:
 
 
 def build() -> Path:
-    """Compiles the library once per content of the sources; it takes 10 to 30 seconds."""
+    """Compiles the library once per content of the sources; it takes a minute or two on two cores."""
     if instead := os.environ.get(INSTEAD):
         return Path(instead)
     target = ROOT / "build" / "emulated" / _digest() / f"lib{NAMESPACE}.so"
