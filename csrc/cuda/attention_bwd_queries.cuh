@@ -5,60 +5,22 @@
 //   dline[m, i] = sum of ds[m, n] over keys n of line i   dcolumn[m, j] = .. of column j
 //   dq[m]       = scale * sum over n of ds[m, n] * k[n] + sum over axes a, keys i of d_a[m, i] * R_a[c(m), i]
 //
-//   the picture, grid, thread and barriers: as in attention_fwd.cuh, one strip of 16 queries per warp.
-//
-//   column gradients grow in registers, as the column factors lie there; line gradients in shared memory, each by the
-//   one lane that owns the query. Every sum has a fixed order. What attention_bwd_keys.cuh needs of the factors is
-//   written on the way, half precision below the largest column factor of the query.
+//   the picture, grid, thread and barriers: as in attention_fwd.cuh, one strip of 16 queries per warp; the sums:
+//   tile/query_gradients.cuh.
 #pragma once
-#include "tile/factor_gradients.cuh"
+#include "tile/query_gradients.cuh"
 
 namespace relpos {
 
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
-struct AttentionBwdQueries {
+struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && D <= 96> {
   static constexpr int kPart = sizeof(T) == 4 || BLOCKS == 6 || D > 96 ? 2 : 4;  // blocks at a time
-  static constexpr bool kLineInTile = ONE_LINE && D <= 96;  // the gradient of its line is summed in registers
+  static constexpr bool kLineInTile = ONE_LINE && D <= 96;
+  using Sums = QueryGradients<T, D, BLOCKS, ONE_LINE, kLineInTile>;
+  using Sums::Sums, Sums::p, Sums::block, Sums::bias, Sums::delta, Sums::offset, Sums::dq;
   // What there are registers for: q and grad stay there, or are read again for every tile.
-  using Bias = StripBias<T, BLOCKS, ONE_LINE>;
   using RowsOfQ = StripRows<T, D, sizeof(T) == 2 && D <= 80>;
   using RowsOfGrad = StripRows<T, D, sizeof(T) == 2 && D <= 64>;
-  const AttentionBwdParams& p;
-  const BlockPlace& block;
-  const Coordinates* rows;
-  Bias bias;
-  float delta[2] = {}, offset[2];  // the latter of the exponents of this span, in powers of two
-  float below[2];                  // the largest column factor
-  float dline[2] = {};             // of the tile, where it is one line
-  float dq[1][D / 8][4] = {};
-  float dcolumn[BLOCKS][4];
-
-  __device__ __forceinline__ AttentionBwdQueries(const AttentionBwdParams& p, const BlockPlace& block,
-                                                 const Coordinates* rows, int first)
-      : p(p), block(block), rows(rows) {
-    bias.first = first;
-  }
-
-  // Of the query of this lane where a strip is spread over 16 lanes.
-  __device__ __forceinline__ float of_lane(const float (&x)[2]) const {
-    const int lane = threadIdx.x % 32, source = lane % 8 * 4;
-    const float upper = __shfl_sync(~0u, x[0], source), lower = __shfl_sync(~0u, x[1], source);
-    return lane % 16 < 8 ? upper : lower;
-  }
-
-  __device__ __forceinline__ void begin(const Tile<T, D>& q, const LineFactors<T>& lines, float* stage) {
-    lines.fill(p, rows, q, bias.first, stage);
-    largest_factors<T>(p, kW, rows, q, bias.first, below);
-    const float of_lane = sizeof(T) == 2 ? find_delta<T>(p, block, bias.first) : 0.f;  // float32: use_measured
-#pragma unroll
-    for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(~0u, of_lane, 2 * (threadIdx.x % 32 / 4 + 8 * half));
-  }
-  // What is to be added to exponents: of class tokens, and of keys of lines, whose factors are below the largest.
-  __device__ __forceinline__ float offset_of(bool of_lines, const LineFactors<T>& lines, int half) const {
-    const int m = bias.row(half);
-    const float lse = m < block.count ? p.lse[afresh(block.group * p.shape.M() + block.first + m)] : INFINITY;
-    return fmaf(-lse, kLog2e, of_lines ? fmaf(below[half], kLog2e, lines.largest[m]) : 0.f);
-  }
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
   LongSum<T> total[2], weighted[2];
@@ -90,38 +52,6 @@ struct AttentionBwdQueries {
     }
   }
 
-  __device__ __forceinline__ void write_lines(const LineFactors<T>& lines) const {
-    const KeySlots slots(p.shape);
-    const int64_t queries = padded_queries(p.shape);
-    const int count = slots.lines(p.shape), lane = threadIdx.x % 32, row = bias.first + lane % 16;
-    const float of_lines[2] = {offset_of(true, lines, 0), offset_of(true, lines, 1)};
-    const float of_class[2] = {offset_of(false, lines, 0), offset_of(false, lines, 1)};
-    const float all = of_lane(of_lines), no_bias = of_lane(of_class);
-    const float own_delta = of_lane(delta), own_factor = of_lane(factor);
-    if (block.first + row >= queries) return;
-    float* to = p.lines + int64_t{block.group} * (count + statistics_of(sizeof(T))) * queries + block.first + row;
-    for (int i = lane / 16; i < count; i += 2)
-      to[i * queries] = i < slots.prefix_lines ? no_bias : all + to_float(lines.at(i - slots.prefix_lines, row));
-    if (lane >= 16) return;
-    to[count * queries] = own_delta;
-    if constexpr (sizeof(T) == 4) to[(count + 1) * queries] = own_factor;
-  }
-
-  __device__ __forceinline__ void write_columns(const Span& span) const {
-    const int lane = threadIdx.x % 32, ld = KeySlots(p.shape).line;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int m = bias.row(half);
-      if (m >= block.count) continue;
-      Factor<T>* to = static_cast<Factor<T>*>(p.columns) + (block.group * p.shape.M() + block.first + m) * ld;
-#pragma unroll
-      for (int j = 0; j < BLOCKS; ++j)
-        if (column_of(p.keys, span, j) < span.columns && p.keys.line_of[j] == 0)
-          set_pair(to + span.first + column_of(p.keys, span, j) + lane % 4 * 2, bias.column[j][2 * half],
-                   bias.column[j][2 * half + 1]);
-    }
-  }
-
   // p and <grad, v> of blocks `begin` .. of a tile.
   __device__ __forceinline__ void weigh(const Span& span, int tile, int begin, const LineFactors<T>& lines,
                                         const RowsOfQ& q, const RowsOfGrad& grad, const Tile<T, D>& k,
@@ -146,73 +76,9 @@ struct AttentionBwdQueries {
                                          const Tile<T, D>& k, const Tile<T, D>& v) {
     float weight[1][kPart][4], dp[1][kPart][4];
     weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
-#pragma unroll
-    for (int j = 0; j < kPart; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        dp[0][j][e] = weight[0][j][e] * (dp[0][j][e] - delta[e / 2]);
-        dcolumn[begin + j][e] += dp[0][j][e];
-        if (kLineInTile) dline[e / 2] += dp[0][j][e];
-      }
+    this->find_ds(begin, weight[0], dp[0]);
     add_weighted(dq, dp, k, begin * 8, p.shape.D);
-    if (!kLineInTile && span.of_lines) add_lines(tile, begin, dlines, dp[0]);
-  }
-
-  __device__ __forceinline__ void add_lines(int tile, int begin, const LineGradients& dlines,
-                                            const float (&ds)[kPart][4]) const {
-#pragma unroll
-    for (int j = 0; j < kPart; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        add_line(dlines, tile * p.keys.lines + p.keys.line_of[begin + j], half, ds[j][2 * half] + ds[j][2 * half + 1]);
-  }
-  __device__ __forceinline__ void add_line(const LineGradients& dlines, int line, int half, float sum) const {
-    for (int x = 1; x < 4; x *= 2) sum += __shfl_xor_sync(~0u, sum, x);
-    if (threadIdx.x % 4 == 0) dlines.at(line, bias.row(half)) += sum;
-  }
-  __device__ __forceinline__ void end_tile(const Span& span, int tile, const LineGradients& dlines) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (kLineInTile && span.of_lines) add_line(dlines, tile, half, dline[half]);
-      dline[half] = 0.f;
-    }
-  }
-
-  __device__ __forceinline__ void begin_span(const Span& span, const LineFactors<T>& lines, const Tile<T, D>& q,
-                                             float* stage) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) offset[half] = offset_of(span.of_lines, lines, half);
-    bias.fill_columns(p, span, rows, q, below, {0.f, 0.f}, stage);
-#pragma unroll
-    for (int j = 0; j < BLOCKS; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) dcolumn[j][e] = 0.f;
-  }
-
-  // Column gradients of a span that is over; `stage`: 16 rows.
-  __device__ __forceinline__ void end_span(const Span& span, float* stage, const Tile<T, D>& table_rows) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int j = 0; j < BLOCKS; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2, row = lane / 4 + e / 2 * 8;
-        float& to = stage[row * Bias::kLd + at];
-        if (at < span.columns) to = p.keys.line_of[j] ? to + dcolumn[j][e] : dcolumn[j][e];
-      }
-    __syncwarp();
-    if (p.dfactors)
-      write_factors(p, block, bias.first, kW, span.first, span.columns,
-                    [&](int row, int i) { return stage[row * Bias::kLd + i]; });
-    add_table_products(p, kW, {span.first, span.first + span.columns}, rows, bias.first, table_rows, dq,
-                       [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
-  }
-
-  __device__ __forceinline__ void end(const LineGradients& dlines, const Tile<T, D>& table_rows, const Tile<T, D>& q) {
-    end_lines(p, block, rows, bias.first, dlines, table_rows, dq);
-    if (p.dq.data == nullptr) return;
-    put_strip(q, bias.first, dq[0], p.scale);
-    store_queries(q, bias.first, p, block, p.dq);
+    if (!kLineInTile && span.of_lines) this->add_lines(tile, begin, dlines, dp[0]);
   }
 };
 
@@ -268,7 +134,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
     keys.for_each_tile(p, block, span, begin_span, in_parts(measure), [](const Span&) {});
     mine.use_measured();
   }
-  if (p.lines) mine.write_lines(lines);
+  if (p.lines) mine.write_lines(lines, mine.factor);
   const auto begin_and_write = [&](const Span&) {
     begin_span(span);
     if (p.columns && span.of_lines) mine.write_columns(span);
