@@ -93,7 +93,9 @@ struct AttentionFwdParams : AttentionParams {
 
 struct AttentionBwdParams : AttentionParams {
   AttentionBwdQueriesShared at_queries;  // each kernel has its own
+  AttentionBwdQueriesSm90Shared at_queries_sm90;
   AttentionBwdKeysShared at_keys;
+  AttentionBwdKeysSm90Shared at_keys_sm90;
   AttentionBwdWindowShared at_window;
   InRows grad, out;
   const float* lse = nullptr;  // [groups, M]

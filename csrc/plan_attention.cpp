@@ -54,21 +54,30 @@ AttentionPlan plan_window(const Shape& s, int bytes, int arch, double scale) {
   return plan;
 }
 
-AttentionPlan plan_sm90(const Shape& s, int bytes, int arch, double scale) {
+std::string sm90_refusal(bool keys_stay, const Shape& s, int bytes, int arch) {
+  if (bytes != 2 || arch != 90) return "kernels for sm_90 are of half precision";
+  if (!keys_stay && s.prefix) return "no class tokens pass in kernels for sm_90";
+  if (keys_stay && KeySlots(s).line > kMostSlotsOfLine)
+    return with("lines of keys have up to 128, not ", s.axis[kW].keys);
+  return "";
+}
+
+AttentionPlan plan_sm90(AttentionKernel kernel, const Shape& s, int bytes, int arch, double scale) {
+  const bool keys_stay = kernel == AttentionKernel::kBackwardKeysSm90;
   AttentionPlan plan;
   plan.refusal = refusal_of(s, scale);
+  if (plan.refusal.empty()) plan.refusal = sm90_refusal(keys_stay, s, bytes, arch);
   if (!plan.refusal.empty()) return plan;
-  if (bytes != 2 || arch != 90 || s.prefix) {
-    plan.refusal = "the forward for sm_90 is of half precision, without class tokens";
-    return plan;
-  }
   plan.keys = tile_keys(s, bytes);
-  plan.head_dim = kernel_head_dim(s.D, bytes);
+  const int D = plan.head_dim = kernel_head_dim(s.D, bytes);
   plan.threads = kSm90Threads;
   plan.block_rows = kSm90Rows;
-  plan.grid = s.groups * ceil_div<int64_t>(s.M(), kSm90Rows);
-  for (plan.stages = kMostKeyStages; plan.stages >= kKeyStages; --plan.stages) {
-    plan.shared_bytes = attention_fwd_sm90_shared(plan.keys, plan.head_dim, plan.stages).total;
+  plan.grid = s.groups * ceil_div<int64_t>(keys_stay ? KeySlots(s).count(s) : s.M(), kSm90Rows);
+  for (int& n = plan.stages = kMostStages; n >= kKeyStages; --n) {
+    plan.shared_bytes = keys_stay ? attention_bwd_keys_sm90_shared(s, D, n).total
+                        : kernel == AttentionKernel::kForwardSm90
+                            ? attention_fwd_sm90_shared(plan.keys, D, n).total
+                            : attention_bwd_queries_sm90_shared(plan.keys, D, n).total;
     if (plan.shared_bytes <= shared_limits(arch).per_block) return plan;
   }
   plan.refusal = "the factors of 128 queries, " + std::to_string(plan.shared_bytes) + " bytes, exceed shared memory";
@@ -101,17 +110,33 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
 
 std::string AttentionPlan::kernel(AttentionKernel which) const {
   if (!refusal.empty()) return "none";
-  if (which == AttentionKernel::kBackwardKeys) return with("attention_bwd_keys_d", head_dim);
-  if (which == AttentionKernel::kBackwardWindow) return with("attention_bwd_window_d", head_dim);
-  const char* name = which == AttentionKernel::kForward       ? "attention_fwd_d"
-                     : which == AttentionKernel::kForwardSm90 ? "attention_fwd_sm90_d"
-                                                              : "attention_bwd_queries_d";
-  return with(name, head_dim) + (keys.one_line ? "_line_" : "_lines_") + std::to_string(keys.keys());
+  const auto with_tile = [&](const char* name) {
+    return with(name, head_dim) + (keys.one_line ? "_line_" : "_lines_") + std::to_string(keys.keys());
+  };
+  switch (which) {
+    case AttentionKernel::kForward:
+      return with_tile("attention_fwd_d");
+    case AttentionKernel::kForwardSm90:
+      return with_tile("attention_fwd_sm90_d");
+    case AttentionKernel::kBackwardQueries:
+      return with_tile("attention_bwd_queries_d");
+    case AttentionKernel::kBackwardQueriesSm90:
+      return with_tile("attention_bwd_queries_sm90_d");
+    case AttentionKernel::kBackwardKeys:
+      return with("attention_bwd_keys_d", head_dim);
+    case AttentionKernel::kBackwardKeysSm90:
+      return with("attention_bwd_keys_sm90_d", head_dim);
+    case AttentionKernel::kBackwardWindow:
+      break;
+  }
+  return with("attention_bwd_window_d", head_dim);
 }
 
 AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, int arch, double scale) {
   if (kernel == AttentionKernel::kBackwardWindow) return plan_window(s, bytes, arch, scale);
-  if (kernel == AttentionKernel::kForwardSm90) return plan_sm90(s, bytes, arch, scale);
+  if (kernel == AttentionKernel::kForwardSm90 || kernel == AttentionKernel::kBackwardQueriesSm90 ||
+      kernel == AttentionKernel::kBackwardKeysSm90)
+    return plan_sm90(kernel, s, bytes, arch, scale);
   AttentionPlan plan;
   plan.refusal = refusal_of(s, scale);
   if (!plan.refusal.empty()) return plan;

@@ -109,20 +109,23 @@ RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const K
   return at;
 }
 
-// The forward for sm_90: two warpgroups of 64 queries and one that asks for keys, 64 of D to a row of shared memory.
-constexpr int kSm90Warps = 8, kSm90Rows = 16 * kSm90Warps;  // that have queries
+// Kernels for sm_90: two warpgroups with 64 queries each, or slots of keys, that stay, and one that asks for what
+// passes; 64 of D to a row of shared memory.
+constexpr int kSm90Warps = 8, kSm90Rows = 16 * kSm90Warps;  // that have something that stays
 constexpr int kSm90Threads = 32 * (kSm90Warps + 4);
-constexpr int kMostKeyStages = 4, kSm90Row = 64;
+constexpr int kMostStages = 4, kSm90Row = 64;
 
-RELPOS_HD constexpr int64_t sm90_matrix_bytes(int blocks, int D) {  // of k or v, in one stage
+RELPOS_HD constexpr int64_t sm90_matrix_bytes(int blocks, int D) {  // of so many blocks of 8 rows
   return int64_t{ceil_div(D, kSm90Row)} * blocks * 8 * kSm90Row * 2;
 }
-struct AttentionFwdSm90Shared : KeysPass<1> {
-  static constexpr int64_t full = kPlaceBytes, empty = full + 8 * kMostKeyStages;  // barriers
+struct KeysPassSm90 : KeysPass<1> {
+  static constexpr int64_t full = kPlaceBytes, empty = full + 8 * kMostStages, ready = empty + 8 * kMostStages;
   static constexpr int64_t stages = round_up<int64_t>(KeysPass<1>::keys, 1024);
-  static_assert(KeysPass<1>::kMostRows == kSm90Rows && empty + 8 * kMostKeyStages <= KeysPass<1>::largest);
-  int64_t q, lines, staged, total;
+  static_assert(KeysPass<1>::kMostRows == kSm90Rows && ready + 8 <= KeysPass<1>::largest);
   int stage_count;
+};
+struct AttentionFwdSm90Shared : KeysPassSm90 {
+  int64_t q, lines, staged, total;
 };
 RELPOS_HD inline AttentionFwdSm90Shared attention_fwd_sm90_shared(const KeyTiling& tiling, int D, int stage_count) {
   AttentionFwdSm90Shared at{};
@@ -149,6 +152,25 @@ RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Sh
   at.lines = at.grad + block_rows * ld;
   at.dlines = at.lines + round_up<int64_t>(line_factors(tiling) * block_rows * bytes, 16);
   at.total = at.dlines + int64_t{tiling.padded_lines} * dlines_ld(block_rows) * 4;
+  return at;
+}
+
+// The same for sm_90.
+struct AttentionBwdQueriesSm90Shared : KeysPassSm90 {
+  int64_t q, grad, lines, dlines, total;
+};
+RELPOS_HD inline AttentionBwdQueriesSm90Shared attention_bwd_queries_sm90_shared(const KeyTiling& tiling, int D,
+                                                                                 int stage_count) {
+  const int64_t ld = int64_t{tile_ld(D, 2)} * 2;
+  const int64_t stages = 2 * stage_count * sm90_matrix_bytes(tiling.blocks, D);
+  const int64_t staged = kSm90Rows * (int64_t{tiling.staged} * 4 + ld);  // and 16 table rows per warp
+  AttentionBwdQueriesSm90Shared at{};
+  at.stage_count = stage_count;
+  at.q = at.stages + (stages > staged ? stages : staged);
+  at.grad = at.q + kSm90Rows * ld;
+  at.lines = at.grad + kSm90Rows * ld;
+  at.dlines = at.lines + round_up<int64_t>(line_factors(tiling) * kSm90Rows * 2, 16);
+  at.total = at.dlines + int64_t{tiling.padded_lines} * dlines_ld(kSm90Rows) * 4;
   return at;
 }
 
@@ -183,11 +205,16 @@ struct QueryStageOffsets {
         columns(statistics + int64_t{statistics_of(bytes)} * query_tile(bytes) * 4) {}
 };
 constexpr int64_t kKeysBlockBytes = 128;
+// Lines of keys at most that a block of slots has a part of.
+RELPOS_HD inline int lines_at_most(const KeySlots& slots, int block_keys) {
+  const int lines = block_keys / slots.line + 2 + slots.prefix_lines;
+  return lines < block_keys / 8 ? lines : block_keys / 8;
+}
 struct AttentionBwdKeysShared {
   static constexpr int64_t stages = kKeysBlockBytes;
   int64_t k, v, total;
   int lines, bytes_of_stage;  // the former from the begin of a stage
-  int column_blocks, column_ld, lines_at_most;
+  int column_blocks, column_ld;
 };
 RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s, int block_keys, int D, int bytes) {
   const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
@@ -195,14 +222,41 @@ RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s
   AttentionBwdKeysShared at{};
   at.column_blocks = (slots.line < block_keys ? slots.line : block_keys) / 8;
   at.column_ld = 8 * at.column_blocks + (bytes == 2 && at.column_blocks % 2 ? 0 : 16 / bytes);
-  const int lines = block_keys / slots.line + 2 + slots.prefix_lines;
-  at.lines_at_most = lines < block_keys / 8 ? lines : block_keys / 8;
   const int queries = query_tile(bytes);
   at.lines = static_cast<int>(QueryStageOffsets(D, bytes).columns) + queries * at.column_ld * bytes;
-  at.bytes_of_stage = at.lines + at.lines_at_most * queries * 4;
+  at.bytes_of_stage = at.lines + lines_at_most(slots, block_keys) * queries * 4;
   at.k = at.stages + 2 * int64_t{at.bytes_of_stage};
   at.v = at.k + block_keys * ld;
   at.total = at.v + block_keys * ld;
+  return at;
+}
+
+// The same for sm_90: a stage is of 64 queries, with column factors in one or two matrices of 64 columns.
+constexpr int kMostSlotsOfLine = 2 * kSm90Row;
+constexpr int64_t kSm90Matrix = sm90_matrix_bytes(8, kSm90Row);  // of 64 rows
+struct AttentionBwdKeysSm90Shared {
+  static constexpr int64_t full = kKeysBlockBytes, empty = full + 8 * kMostStages, stages = 1024;
+  int64_t k, v, total;
+  int grad, columns, statistics, lines, bytes_of_stage, filled;  // the last: of its bytes
+  int column_matrices, line_count, stage_count;
+};
+RELPOS_HD inline AttentionBwdKeysSm90Shared attention_bwd_keys_sm90_shared(const Shape& s, int D, int stage_count) {
+  constexpr int kRow = query_tile(2) * 4;  // of a number per query
+  const int64_t ld = int64_t{tile_ld(D, 2)} * 2;
+  const KeySlots slots(s);
+  AttentionBwdKeysSm90Shared at{};
+  at.stage_count = stage_count;
+  at.column_matrices = ceil_div(slots.line, kSm90Row);
+  at.line_count = lines_at_most(slots, kSm90Rows);
+  at.grad = static_cast<int>(sm90_matrix_bytes(8, D));
+  at.columns = 2 * at.grad;
+  at.statistics = at.columns + at.column_matrices * static_cast<int>(kSm90Matrix);
+  at.lines = at.statistics + kRow;
+  at.filled = at.lines + at.line_count * kRow;
+  at.bytes_of_stage = round_up(at.filled, 1024);
+  at.k = at.stages + int64_t{stage_count} * at.bytes_of_stage;
+  at.v = at.k + kSm90Rows * ld;
+  at.total = at.v + kSm90Rows * ld;
   return at;
 }
 
@@ -237,7 +291,15 @@ RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(int block_
   return at;
 }
 
-enum class AttentionKernel { kForward, kForwardSm90, kBackwardQueries, kBackwardKeys, kBackwardWindow };
+enum class AttentionKernel {
+  kForward,
+  kForwardSm90,
+  kBackwardQueries,
+  kBackwardQueriesSm90,
+  kBackwardKeys,
+  kBackwardKeysSm90,
+  kBackwardWindow
+};
 
 struct AttentionPlan {
   std::string refusal;  // why no kernel takes the problem; empty if one does
@@ -247,7 +309,7 @@ struct AttentionPlan {
   int threads = 0;
   int64_t grid = 0;
   int64_t shared_bytes = 0;
-  int stages = kKeyStages;  // of keys
+  int stages = kKeyStages;  // of what passes
 
   std::string kernel(AttentionKernel which) const;
 };

@@ -58,12 +58,15 @@ NamedPlan attention(const std::string& kernel, const std::string& dtype, int64_t
       {"forward", AttentionKernel::kForward},
       {"forward_sm90", AttentionKernel::kForwardSm90},
       {"backward_queries", AttentionKernel::kBackwardQueries},
+      {"backward_queries_sm90", AttentionKernel::kBackwardQueriesSm90},
       {"backward_keys", AttentionKernel::kBackwardKeys},
+      {"backward_keys_sm90", AttentionKernel::kBackwardKeysSm90},
       {"backward_window", AttentionKernel::kBackwardWindow}};
   const auto found = kernels.find(kernel);
   if (found == kernels.end())
     throw std::invalid_argument(
-        "kernel must be forward, forward_sm90, backward_queries, backward_keys or backward_window, got " + kernel);
+        "kernel must be forward, backward_queries, backward_keys, each also with _sm90, or backward_window, got " +
+        kernel);
   const Shape s = shape_of(groups, q_size, k_size, head_dim, num_prefix_tokens);
   const AttentionPlan p = plan_attention(found->second, s, bytes_of(dtype), arch, scale);
   return {p.kernel(found->second), p.refusal, p.block_rows, p.threads, p.shared_bytes, p.grid};

@@ -1,4 +1,4 @@
-"""The attention's forward for sm_90, with TMA and wgmma: values, every gradient after it, and that it is what runs."""
+"""The attention's kernels for sm_90, with TMA and wgmma: values, every gradient, and that they are what runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from problems import (
     run_attention,
     same,
 )
-from relpos_cuda import _env
+from relpos_cuda import _env, support
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -39,12 +39,19 @@ SMALL = [  # D up to 64 and no tile of 48: emulator.FEW_KERNELS
     Problem("lines_past_the_end", (3, 4), (5, 14), 56, batch=4),
     Problem("two_spans", (2, 5), (3, 76), 24, batch=2),
     Problem("video", (2, 3, 11), (3, 4, 11), 32),
+    same("rows_that_no_box_fills", 5, 20, 16, batch=2),
+    same("line_of_100", 3, 100, 40, heads=1),
+    same("line_of_136", 2, 136, 8, heads=1),
+    Problem("class_tokens", (5, 9), (4, 11), 32, batch=2, prefix=3),
+    Problem("class_token_and_lines", (3, 8), (3, 40), 16, prefix=1),
 ]
 LARGE = [
     same("line_of_64", 3, 64, 80, heads=1),
     same("line_of_48", 3, 48, 64, heads=1),
     same("sam_h_window", 14, 14, 80, heads=1),
     Problem("two_spans_of_40", (2, 5), (3, 76), 128, batch=2, heads=1),
+    same("dim_128_line_of_64", 3, 64, 128, heads=1),
+    same("dim_112_line_of_50", 3, 50, 112, heads=1),
     Problem("mvitv2", (9, 15), (7, 7), 96, heads=1),
     same("dim_112", 4, 24, 104, batch=2),
 ]
@@ -55,6 +62,7 @@ ours = relpos_cuda.rel_pos_attention
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(emulator.ARCH, "90")
     monkeypatch.setenv(_env.WGMMA.name, "1")
+    monkeypatch.setattr(support, "backward_in_one_pass", lambda *_: False)  # windows, too
     monkeypatch.setenv("SIMT_PROXY", "1")  # where ThreadSanitizer watches, it sees the asynchronous proxy, too
     device = use_device(request.param, monkeypatch)
     if device == "cuda" and torch.cuda.get_device_capability() != (9, 0):
@@ -62,22 +70,22 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
     return device
 
 
-def by_warpgroups(device: str, call: Callable[[], object]) -> bool:
-    """Whether the kernel for sm_90 ran during the call."""
+def kernels_by_warpgroups(device: str, call: Callable[[], object]) -> int:
+    """How often kernels for sm_90 ran during the call; on the emulator, how many products of warpgroups there were."""
     if device == "cuda":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             call()
             torch.cuda.synchronize()
-        return any("attention_fwd_sm90" in event.key for event in profile.key_averages())
+        return sum(event.count for event in profile.key_averages() if "sm90" in event.key)
     emulated = ctypes.CDLL(str(emulator.build()))
     emulated.simt_count.restype = ctypes.c_long
     before = emulated.simt_count(b"wgmma")
     call()
-    return bool(emulated.simt_count(b"wgmma") > before)
+    return int(emulated.simt_count(b"wgmma") - before)
 
 
 def check(problem: Problem, inputs: AttentionInputs, dtype: torch.dtype, device: str) -> None:
-    assert by_warpgroups(device, lambda: compare_attention(problem, inputs, dtype, device))
+    assert kernels_by_warpgroups(device, lambda: compare_attention(problem, inputs, dtype, device))
 
 
 @HALVES
@@ -106,7 +114,7 @@ def test_layouts(layout: Callable[[list[Tensor]], list[Tensor]], device: str):
     leaves = draw_attention(problem, torch.bfloat16).leaves(torch.bfloat16, device)
     want = call_attention(ours, problem, leaves)
     got = []
-    assert by_warpgroups(device, lambda: got.append(call_attention(ours, problem, layout(leaves))))
+    assert kernels_by_warpgroups(device, lambda: got.append(call_attention(ours, problem, layout(leaves))))
     assert torch.equal(got[0].reshape(want.shape), want)
 
 
@@ -122,7 +130,7 @@ def test_what_the_other_kernel_does(where: str, device: str, monkeypatch: pytest
     if where == "not asked for":
         monkeypatch.delenv(_env.WGMMA.name)
     got: list[Tensor] = []
-    assert not by_warpgroups(device, lambda: got.append(call_attention(ours, problem, tensors)))
+    assert not kernels_by_warpgroups(device, lambda: got.append(call_attention(ours, problem, tensors)))
     want = call_attention(ours, problem, [t.cpu().double() for t in tensors])
     torch.testing.assert_close(got[0].cpu().double(), want, rtol=2**-5, atol=2**-5)
 
@@ -136,3 +144,31 @@ def test_same_bits_whatever_comes_first(device: str, monkeypatch: pytest.MonkeyP
         again = run_attention(ours, problem, inputs, torch.bfloat16, device)
         for name, a, b in zip(ATTENTION_NAMES, first, again, strict=False):
             assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize(
+    "problem,kernels",
+    [
+        (same("all", 3, 40, 16), (1, 1, 2)),
+        (same("class_tokens", 3, 40, 16, prefix=1), (0, 0, 1)),  # they are no keys that TMA brings
+        (same("long_lines", 1, 136, 16), (1, 1, 1)),  # of keys that stay
+        (same("one_gradient_for_all_heads", 3, 40, 16), (1, 1, 1)),  # which TMA does not step along
+    ],
+    ids=str,
+)
+def test_which_kernels_run(problem: Problem, kernels: tuple[int, int, int], device: str):
+    """Forward; backward of q alone; of k, too. Each has products of its own, so more kernels have more of them."""
+    leaves = [t.detach() for t in draw_attention(problem, torch.bfloat16).leaves(torch.bfloat16, device)]
+
+    def products(*wanted: int) -> tuple[int, int]:  # of both passes
+        inputs = [t.clone().requires_grad_(i in wanted) for i, t in enumerate(leaves)]
+        out: list[Tensor] = []
+        forward = kernels_by_warpgroups(device, lambda: out.append(call_attention(ours, problem, inputs)))
+        grad = out[0].detach()
+        if problem.name == "one_gradient_for_all_heads":
+            grad = grad[:, :1].expand_as(grad)
+        return forward, kernels_by_warpgroups(device, lambda: out[0].backward(grad))
+
+    forward, of_q = products(0)
+    _, of_both = products(0, 1)
+    assert (min(forward, 1), min(of_q, 1), min(of_q, 1) + int(of_both > of_q)) == kernels

@@ -7,6 +7,7 @@
 #include "../boundary.h"
 #include "attention.h"
 #include "table_grad.h"
+#include "token_maps.h"
 
 #ifndef RELPOS_OPS
 #define RELPOS_OPS relpos_cuda
@@ -17,7 +18,7 @@ namespace relpos {
 namespace {
 
 #if defined(RELPOS_SM90A) || defined(RELPOS_EMULATE)
-constexpr bool kWithSm90 = true;  // that attention_fwd_sm90.cu is compiled, too
+constexpr bool kWithSm90 = true;  // that attention_fwd_sm90.cu and attention_bwd_sm90.cu are compiled, too
 #else
 constexpr bool kWithSm90 = false;
 #endif
@@ -65,15 +66,31 @@ void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, 
   p.by_heads = FastDiv(s.heads);
 }
 
-// The plan of a kernel for these params, which obey it from then on. Where things lie in shared memory is a matter of
-// the plan, too: computed by the kernel, it would cost registers.
-AttentionPlan plan_for(AttentionKernel kernel, AttentionParams& p, const OnDevice& device, const Tensor& q) {
-  const AttentionPlan plan = plan_attention(kernel, p.shape, bytes_of(q), device.arch(), p.scale);
-  RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
+// These params obey a plan from then on. Where things lie in shared memory is a matter of the plan, too: computed by
+// the kernel, it would cost registers.
+AttentionPlan obeyed(AttentionPlan plan, AttentionParams& p) {
   p.keys = plan.keys;
   p.block_rows = plan.block_rows;
   p.by_tiles = FastDiv(static_cast<int>(plan.grid / p.shape.groups));
   return plan;
+}
+AttentionPlan plan_for(AttentionKernel kernel, AttentionParams& p, const OnDevice& device, const Tensor& q) {
+  AttentionPlan plan = plan_attention(kernel, p.shape, bytes_of(q), device.arch(), p.scale);
+  RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
+  return obeyed(std::move(plan), p);
+}
+
+// The same of a kernel for sm_90, if it is asked for, as no GPU has run it yet, and takes the problem; `passing` is
+// what TMA is to read.
+std::optional<AttentionPlan> plan_sm90(AttentionKernel kernel, AttentionParams& p, const OnDevice& device,
+                                       const Tensor& q, int64_t tokens, std::initializer_list<InRows> passing) {
+  const char* wanted = std::getenv("RELPOS_CUDA_WGMMA");
+  if (!kWithSm90 || !wanted || std::strcmp(wanted, "1") != 0) return {};
+  for (const InRows& rows : passing)
+    if (!has_strides(rows, p.shape, tokens)) return {};
+  AttentionPlan plan = plan_attention(kernel, p.shape, bytes_of(q), device.arch(), p.scale);
+  if (!plan.refusal.empty()) return {};
+  return obeyed(std::move(plan), p);
 }
 
 // What the first kernel of the backward leaves for the second: csrc/plan_attention.h.
@@ -90,16 +107,16 @@ void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tenso
   p.lines = lines->mutable_data_ptr<float>();
 }
 
-// Whether the forward for sm_90 takes these params: where it is asked for, as no GPU has run it yet, and k and v have
-// strides, without which TMA does not step from one to the next.
-bool takes_warpgroups(const AttentionFwdParams& p, const OnDevice& device, const Tensor& q) {
-  const char* wanted = std::getenv("RELPOS_CUDA_WGMMA");
-  const Shape& s = p.shape;
-  const auto has_strides = [&](const InRows& rows) {
-    return (rows.batch || s.groups == s.heads) && (rows.head || s.heads == 1) && (rows.row || s.N() == 1);
-  };
-  return kWithSm90 && wanted && !std::strcmp(wanted, "1") && has_strides(p.k) && has_strides(p.v) &&
-         plan_attention(AttentionKernel::kForwardSm90, p.shape, bytes_of(q), device.arch(), p.scale).refusal.empty();
+template <typename T>
+void launch_fwd(const OnDevice& device, AttentionFwdParams& p, const Tensor& q) {
+  if constexpr (kWithSm90 && sizeof(T) == 2)
+    if (const auto plan = plan_sm90(AttentionKernel::kForwardSm90, p, device, q, p.shape.N(), {p.k, p.v})) {
+      p.at_sm90 = attention_fwd_sm90_shared(p.keys, plan->head_dim, plan->stages);
+      return launch_attention_fwd_sm90<T>(device, *plan, p);
+    }
+  const AttentionPlan plan = plan_for(AttentionKernel::kForward, p, device, q);
+  p.at = attention_fwd_shared(p.shape, p.keys, p.block_rows, plan.head_dim, sizeof(T));
+  launch_attention_fwd<T>(device, plan, p);
 }
 
 void attention_fwd(Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Tensor v, const Tensor& table,
@@ -116,19 +133,38 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Te
   if (s.groups == 0) return;
 
   const OnDevice device(q);
-  const bool by_warpgroups = takes_warpgroups(p, device, q);
-  const AttentionKernel kernel = by_warpgroups ? AttentionKernel::kForwardSm90 : AttentionKernel::kForward;
-  const AttentionPlan plan = plan_for(kernel, p, device, q);
-  dispatch_dtype(q.scalar_type(), [&](auto type) {
-    using T = typename decltype(type)::type;
-    if constexpr (kWithSm90 && sizeof(T) == 2)
-      if (by_warpgroups) {
-        p.at_sm90 = attention_fwd_sm90_shared(plan.keys, plan.head_dim, plan.stages);
-        return launch_attention_fwd_sm90<T>(device, plan, p);
-      }
-    p.at = attention_fwd_shared(s, plan.keys, plan.block_rows, plan.head_dim, sizeof(T));
-    launch_attention_fwd<T>(device, plan, p);
-  });
+  dispatch_dtype(q.scalar_type(), [&](auto type) { launch_fwd<typename decltype(type)::type>(device, p, q); });
+}
+
+template <typename T>
+void launch_bwd_window(const OnDevice& device, AttentionBwdParams& p, const Tensor& q) {
+  const AttentionPlan plan = plan_for(AttentionKernel::kBackwardWindow, p, device, q);
+  p.at_window = attention_bwd_window_shared(plan.block_rows, plan.head_dim);
+  launch_attention_bwd_window<T>(device, plan, p);
+}
+
+template <typename T>
+void launch_bwd_queries(const OnDevice& device, AttentionBwdParams& p, const Tensor& q) {
+  if constexpr (kWithSm90 && sizeof(T) == 2)
+    if (const auto plan = plan_sm90(AttentionKernel::kBackwardQueriesSm90, p, device, q, p.shape.N(), {p.k, p.v})) {
+      p.at_queries_sm90 = attention_bwd_queries_sm90_shared(p.keys, plan->head_dim, plan->stages);
+      return launch_attention_bwd_queries_sm90<T>(device, *plan, p);
+    }
+  const AttentionPlan plan = plan_for(AttentionKernel::kBackwardQueries, p, device, q);
+  p.at_queries = attention_bwd_queries_shared(p.shape, p.keys, p.block_rows, plan.head_dim, sizeof(T));
+  launch_attention_bwd_queries<T>(device, plan, p);
+}
+
+template <typename T>
+void launch_bwd_keys(const OnDevice& device, AttentionBwdParams& p, const Tensor& q) {
+  if constexpr (kWithSm90 && sizeof(T) == 2)
+    if (const auto plan = plan_sm90(AttentionKernel::kBackwardKeysSm90, p, device, q, p.shape.M(), {p.q, p.grad})) {
+      p.at_keys_sm90 = attention_bwd_keys_sm90_shared(p.shape, plan->head_dim, plan->stages);
+      return launch_attention_bwd_keys_sm90<T>(device, *plan, p);
+    }
+  const AttentionPlan plan = plan_for(AttentionKernel::kBackwardKeys, p, device, q);
+  p.at_keys = attention_bwd_keys_shared(p.shape, p.block_rows, plan.head_dim, sizeof(T));
+  launch_attention_bwd_keys<T>(device, plan, p);
 }
 
 void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv,
@@ -158,18 +194,9 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
   if (s.groups > 0)
     dispatch_dtype(q.scalar_type(), [&](auto type) {
       using T = typename decltype(type)::type;
-      if (in_one_pass) {
-        const AttentionPlan of_window = plan_for(AttentionKernel::kBackwardWindow, p, device, q);
-        p.at_window = attention_bwd_window_shared(of_window.block_rows, of_window.head_dim);
-        return launch_attention_bwd_window<T>(device, of_window, p);
-      }
-      const AttentionPlan of_queries = plan_for(AttentionKernel::kBackwardQueries, p, device, q);
-      p.at_queries = attention_bwd_queries_shared(s, p.keys, p.block_rows, of_queries.head_dim, sizeof(T));
-      launch_attention_bwd_queries<T>(device, of_queries, p);
-      if (!dk && !dv) return;
-      const AttentionPlan of_keys = plan_for(AttentionKernel::kBackwardKeys, p, device, q);
-      p.at_keys = attention_bwd_keys_shared(s, p.block_rows, of_keys.head_dim, sizeof(T));
-      launch_attention_bwd_keys<T>(device, of_keys, p);
+      if (in_one_pass) return launch_bwd_window<T>(device, p, q);
+      launch_bwd_queries<T>(device, p, q);
+      if (dk || dv) launch_bwd_keys<T>(device, p, q);
     });
   if (dtable) launch_table_gradient(device, s, strides, q, index, *factors, *partials, *dtable);
 }

@@ -13,7 +13,11 @@ void launch_attention_fwd_sm90(const OnDevice& device, const AttentionPlan& plan
 template <typename T>
 void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 template <typename T>
+void launch_attention_bwd_queries_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+template <typename T>
 void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+template <typename T>
+void launch_attention_bwd_keys_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 template <typename T>
 void launch_attention_bwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 
@@ -42,6 +46,14 @@ void dispatch_keys(const KeyTiling& keys, F&& f) {
     if (keys.blocks == kMaxKeyBlocks) return f(Int<kMaxKeyBlocks>{}, Int<true>{});
     if constexpr (!kFewKernels) f(Int<6>{}, Int<true>{});
   }
+}
+
+// f(Int<D>, Int<blocks>, Int<one line per tile>) for the kernel of a plan.
+template <typename T, typename F>
+void dispatch_tiles(const AttentionPlan& plan, F&& f) {
+  dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
+    dispatch_keys<T, d()>(plan.keys, [&](auto blocks, auto one_line) { f(d, blocks, one_line); });
+  });
 }
 
 // The dtypes of a unit that holds kernels: one, RELPOS_TYPE, or all.

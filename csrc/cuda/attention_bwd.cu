@@ -8,11 +8,9 @@ namespace relpos {
 
 template <typename T>
 void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
-  dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
-    dispatch_keys<T, d()>(plan.keys, [&](auto blocks, auto one_line) {
-      device.launch(attention_bwd_queries_kernel<T, d(), blocks(), one_line()>, dim3(static_cast<unsigned>(plan.grid)),
-                    plan.threads, plan.shared_bytes, p);
-    });
+  dispatch_tiles<T>(plan, [&](auto d, auto blocks, auto one_line) {
+    device.launch(attention_bwd_queries_kernel<T, d(), blocks(), one_line()>, dim3(static_cast<unsigned>(plan.grid)),
+                  plan.threads, plan.shared_bytes, p);
   });
 }
 

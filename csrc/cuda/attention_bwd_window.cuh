@@ -251,8 +251,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
   }
   const Tile<T, D> own = WindowTiles<T, D>(shared, p.at_window).v;
   const auto token = [&](int slot) { return window_token(p.shape, slot); };
-  mine.store(p.dk, mine.dk, p.scale, own, state.passes[0], token);
-  mine.store(p.dv, mine.dv, 1.f, own, state.passes[0], token);
+  store_slots(p, p.dk, mine.dk, p.scale, own, mine.first, state.passes[0], token);
+  store_slots(p, p.dv, mine.dv, 1.f, own, mine.first, state.passes[0], token);
 }
 
 }  // namespace relpos

@@ -12,88 +12,12 @@
 //   barriers full[s]: k and v of stage s have arrived. empty[s]: all eight warps are done with them.
 #pragma once
 #include "tile/softmax.cuh"
+#include "tile/warpgroup.cuh"
 
 namespace relpos {
 
 struct AttentionFwdSm90Params : AttentionFwdParams {
   TensorMap k_map, v_map;
-};
-
-// Stages one after another, and the parity of the phase that their barriers are in.
-struct StageRing {
-  int count, stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == count) stage = 0, parity ^= 1;
-  }
-};
-
-template <int N>
-__device__ __forceinline__ auto flat(float (&x)[N][4]) -> float (&)[4 * N] {
-  return reinterpret_cast<float (&)[4 * N]>(x);
-}
-
-// The two matrices of a stage, of BLOCKS * 8 rows.
-template <typename T, int D, int BLOCKS>
-struct Sm90Stages {
-  static constexpr int kSpan = BLOCKS * 8 * kSm90Row * 2;  // bytes of 64 elements of D
-  static constexpr int kMatrix = static_cast<int>(sm90_matrix_bytes(BLOCKS, D));
-  static constexpr int kCores = 8 * kSm90Row * 2;  // bytes of 8 rows
-  unsigned char* data;
-
-  __device__ __forceinline__ unsigned char* k(int stage) const { return data + stage * 2 * kMatrix; }
-  __device__ __forceinline__ unsigned char* v(int stage) const { return k(stage) + kMatrix; }
-
-  // Columns that no box covers are read by products, whose result does not count; but it must not be NaN.
-  __device__ __forceinline__ void clear(int count) const {
-    for (int i = threadIdx.x * 16; i < count * 2 * kMatrix; i += kSm90Threads * 16)
-      *reinterpret_cast<uint4*>(data + i) = uint4{};
-    fence_proxy_async();
-  }
-
-  __device__ __forceinline__ void load(const AttentionFwdSm90Params& p, const BlockPlace& block, int stage,
-                                       uint64_t* full, int column, int line) const {
-    const int spans = ceil_div(D, kSm90Row);
-    mbarrier_expect_bytes(full, 2 * spans * p.keys.lines * p.keys.columns * kSm90Row * 2);
-#pragma unroll
-    for (int i = 0; i < spans; ++i) {
-      const int at[5] = {i * kSm90Row, column, line, block.head, block.batch};
-      tma_load<5>(k(stage) + i * kSpan, p.k_map, full, at);
-      tma_load<5>(v(stage) + i * kSpan, p.v_map, full, at);
-    }
-  }
-
-  // score += q, times the keys, transposed
-  __device__ __forceinline__ void add_scores(float (&score)[BLOCKS][4], OperandA<T> (&q)[D / 16], int stage) const {
-    const uint64_t keys = wgmma_descriptor(k(stage), 16, kCores, Swizzle::k128);
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) pin(q[step].pairs);
-    wgmma_fence(flat(score));
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step)
-      wgmma_rs<T, BLOCKS * 8, false>(flat(score), q[step].pairs,
-                                     keys + (step * 16 / kSm90Row * kSpan + step * 16 % kSm90Row * 2) / 16, true);
-    wgmma_commit();
-    wgmma_wait<0>(flat(score));
-  }
-
-  // out += weights, times the values
-  __device__ __forceinline__ void add_weighted(float (&out)[D / 8][4], const float (&weights)[BLOCKS][4],
-                                               int stage) const {
-    const uint64_t values = wgmma_descriptor(v(stage), kSpan, kCores, Swizzle::k128);
-    OperandA<T> rows[BLOCKS / 2];
-#pragma unroll
-    for (int j = 0; j < BLOCKS / 2; ++j) {
-      rows[j].set(weights[2 * j], weights[2 * j + 1]);
-      pin(rows[j].pairs);
-    }
-    wgmma_fence(flat(out));
-#pragma unroll
-    for (int j = 0; j < BLOCKS / 2; ++j)
-      wgmma_rs<T, D, true>(flat(out), rows[j].pairs, values + j * 2 * kCores / 16, true);
-    wgmma_commit();
-    wgmma_wait<0>(flat(out));
-  }
 };
 
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
@@ -131,7 +55,8 @@ struct AttentionFwdSm90 {
     for (int i = 0; i < p.keys.spans; ++i)
       for (int tile = 0; tile < p.keys.tiles; ++tile, ring.advance()) {
         mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
-        stages.load(p, block, ring.stage, full + ring.stage, i * p.keys.columns, tile * p.keys.lines);
+        stages.load(p.k_map, p.v_map, p.keys, block, ring.stage, full + ring.stage, i * p.keys.columns,
+                    tile * p.keys.lines);
       }
   }
 
@@ -153,14 +78,15 @@ struct AttentionFwdSm90 {
           bias.start(p, lines, span, tile, 0, score[0], line[0]);
         else
           load_lines(lines, tile, bias.row(0), line[0]);
-        OperandA<T> rows_of_q[D / 16];  // anew for every tile: kept, ptxas 13.0 gives their registers away meanwhile
-#pragma unroll
-        for (int step = 0; step < D / 16; ++step) rows_of_q[step].load(q, first, step);
+        RowsA<T, D> rows_of_q(q, first);  // anew for every tile: kept, ptxas 13.0 gives their registers away meanwhile
         mbarrier_wait(full + ring.stage, ring.parity);
         if constexpr (!ONE_LINE) start_from_lines(bias, score[0], line[0]);
-        stages.add_scores(score[0], rows_of_q, ring.stage);
+        stages.k(ring.stage).template start_products<true>(score[0], rows_of_q, 0);
+        wgmma_wait<0>(flat(score[0]));
         mine.weigh(p, score, line);
-        stages.add_weighted(mine.out[0], score[0], ring.stage);
+        WeightsA<T, BLOCKS> weights(score[0]);
+        stages.v(ring.stage).start_weighted(mine.out[0], weights, 0);
+        wgmma_wait<0>(flat(mine.out[0]));
         __syncwarp();  // all lanes have read the stage
         if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + ring.stage);
       }
@@ -186,13 +112,13 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
                                                       reinterpret_cast<uint64_t*>(shared + At::empty)};
   if (threadIdx.x == 0) {
     find_place(p, static_cast<int>(p.shape.M()), *reinterpret_cast<BlockPlace*>(shared));
-    for (int s = 0; s < at.stage_count; ++s) {
-      mbarrier_init(work.full + s, 1);
-      mbarrier_init(work.empty + s, kSm90Warps);
-    }
+    init_stages(work.full, work.empty, at.stage_count);
     mbarrier_fence_init();
   }
-  if (p.keys.lines * p.keys.columns < BLOCKS * 8) work.stages.clear(at.stage_count);
+  if (p.keys.lines * p.keys.columns < BLOCKS * 8) {
+    work.stages.clear(at.stage_count, p.keys.lines * p.keys.columns, kSm90Threads);
+    fence_proxy_async();
+  }
   __syncthreads();
   copy_tokens(q, kSm90Rows, p, work.block, p.q, work.block.first, work.block.count);
   cp_async_commit();

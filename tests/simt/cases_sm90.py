@@ -14,7 +14,7 @@ from .layouts import a_registers, d_elements, layout, tma_model
 from .selftest_sm90 import Given, Operand, Selftest, Swizzle, Tiling
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-WIDTHS = (48, 64, 80, 96, 112, 128)
+WIDTHS = (32, 48, 64, 80, 96, 112, 128)
 BOXES = [  # a tensor, a box of it: axis 0 last and first
     ((200,), (96,)),
     ((9, 64), (32, 7)),

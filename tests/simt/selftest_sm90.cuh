@@ -15,7 +15,7 @@
 #endif
 
 #ifndef WGMMA_N  // fewer compile faster
-#define WGMMA_N 48, 64, 80, 96, 112, 128
+#define WGMMA_N 32, 48, 64, 80, 96, 112, 128
 #endif
 
 namespace selftest {

@@ -212,6 +212,7 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* p, int leading_
 
 // One line per N: N, the registers of d, the numbers of the operands that follow them in the asm.
 #define RELPOS_WGMMA_SHAPES(SHAPE)       \
+  SHAPE(32, 16, 17, 18, 19, 20, 21, 22)  \
   SHAPE(48, 24, 25, 26, 27, 28, 29, 30)  \
   SHAPE(64, 32, 33, 34, 35, 36, 37, 38)  \
   SHAPE(80, 40, 41, 42, 43, 44, 45, 46)  \
@@ -222,15 +223,15 @@ __device__ __forceinline__ uint64_t wgmma_descriptor(const void* p, int leading_
 #define RELPOS_D8(i)                                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), \
       "+f"(d[i + 7])
-#define RELPOS_D24 RELPOS_D8(0), RELPOS_D8(8), RELPOS_D8(16)
+#define RELPOS_D16 RELPOS_D8(0), RELPOS_D8(8)
+#define RELPOS_D24 RELPOS_D16, RELPOS_D8(16)
 #define RELPOS_D32 RELPOS_D24, RELPOS_D8(24)
 #define RELPOS_D40 RELPOS_D32, RELPOS_D8(32)
 #define RELPOS_D48 RELPOS_D40, RELPOS_D8(40)
 #define RELPOS_D56 RELPOS_D48, RELPOS_D8(48)
 #define RELPOS_D64 RELPOS_D56, RELPOS_D8(56)
-#define RELPOS_NAMES24                                                                                   \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, " \
-  "%22, %23"
+#define RELPOS_NAMES16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define RELPOS_NAMES24 RELPOS_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define RELPOS_NAMES32 RELPOS_NAMES24 ", %24, %25, %26, %27, %28, %29, %30, %31"
 #define RELPOS_NAMES40 RELPOS_NAMES32 ", %32, %33, %34, %35, %36, %37, %38, %39"
 #define RELPOS_NAMES48 RELPOS_NAMES40 ", %40, %41, %42, %43, %44, %45, %46, %47"

@@ -1,0 +1,168 @@
+// attention_bwd_keys_sm90.cuh - attention_bwd_keys.cuh with what sm_90 has; half precision, lines of up to 128 slots.
+//
+//   the picture, grid, bias: as there, a strip of 16 slots of keys per warp, two warpgroups of 64.
+//   products S, then <grad, v> while powers of two are taken of S, then dv while ds is found, then dk.
+//   stage    64 queries: q and grad, swizzled; matrices of 64 columns of their column factors, swizzled; delta, and
+//   line
+//            factors, a row of 64 numbers each. All by TMA, zeros where there is no query.
+//   barriers full, empty: as in attention_fwd_sm90.cuh.
+#pragma once
+#include "tile/slots.cuh"
+#include "tile/warpgroup.cuh"
+
+namespace relpos {
+
+struct AttentionBwdKeysSm90Params : AttentionBwdParams {
+  TensorMap q_map, grad_map;            // [D, queries, heads, batch]
+  TensorMap columns_map;                // [slots of a line, queries, groups]
+  TensorMap lines_map, statistics_map;  // [queries, lines and statistics, groups]
+};
+
+template <typename T, int D>
+struct AttentionBwdKeysSm90 {
+  static constexpr int kQueries = query_tile(2), kPart = D > 96 ? 4 : 8;  // blocks of queries at a time: registers
+  using Rows = SwizzledRows<T, D, kQueries>;
+  using Columns = SwizzledRows<__half, kMostSlotsOfLine, kQueries>;
+  const AttentionBwdKeysSm90Params& p;
+  const KeysBlock& block;
+  unsigned char* stages;
+  uint64_t *full, *empty;
+
+  __device__ __forceinline__ unsigned char* of_stage(int stage, int offset) const {
+    return stages + stage * p.at_keys_sm90.bytes_of_stage + offset;
+  }
+  __device__ __forceinline__ int tiles() const { return ceil_div(block.M, kQueries); }
+
+  // By one thread.
+  __device__ __forceinline__ void produce() const {
+    const AttentionBwdKeysSm90Shared& at = p.at_keys_sm90;
+    StageRing ring{at.stage_count};
+    for (int tile = 0; tile < tiles(); ++tile, ring.advance()) {
+      uint64_t* const here = full + ring.stage;
+      mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
+      mbarrier_expect_bytes(here, at.filled);
+      int of_token[4] = {0, tile * kQueries, block.place.head, block.place.batch};
+      Rows{of_stage(ring.stage, 0)}.load(p.q_map, here, of_token);
+      Rows{of_stage(ring.stage, at.grad)}.load(p.grad_map, here, of_token);
+      for (int i = 0; i < at.column_matrices; ++i) {
+        const int of_column[3] = {i * kSm90Row, tile * kQueries, block.place.group};
+        tma_load<3>(of_stage(ring.stage, at.columns) + i * Columns::kSpan, p.columns_map, here, of_column);
+      }
+      const int of_delta[3] = {tile * kQueries, block.slots.slots.lines(p.shape), block.place.group};
+      const int of_line[3] = {tile * kQueries, block.slots.first_line, block.place.group};
+      tma_load<3>(of_stage(ring.stage, at.statistics), p.statistics_map, here, of_delta);
+      tma_load<3>(of_stage(ring.stage, at.lines), p.lines_map, here, of_line);
+    }
+  }
+
+  // What the products of k and q start from: column factors of queries `begin` ..
+  __device__ __forceinline__ void start(float (&score)[kPart][4], const KeyBlocks<1>& blocks, const Columns& columns,
+                                        int begin) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int j = 0; j < kPart; j += 4) {
+        uint32_t pairs[4];
+        load_blocks_transposed(pairs, columns.chunk(begin + j * 8 + threadIdx.x % 32, blocks.column(0, half) / 8));
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 two = __half22float2(*reinterpret_cast<const __half2*>(pairs + i));
+          score[j + i][2 * half] = blocks.has_bias(0, half) ? two.x : 0.f;
+          score[j + i][2 * half + 1] = blocks.has_bias(0, half) ? two.y : 0.f;
+        }
+      }
+  }
+
+  __device__ __forceinline__ void absorb(float (&dk)[D / 8][4], float (&dv)[D / 8][4], int first,
+                                         const KeyBlocks<1>& blocks, int stage, int begin, const Tile<T, D>& k,
+                                         const Tile<T, D>& v) const {
+    const AttentionBwdKeysSm90Shared& at = p.at_keys_sm90;
+    const Rows q{of_stage(stage, 0)}, grad{of_stage(stage, at.grad)};
+    const float* lines = reinterpret_cast<const float*>(of_stage(stage, at.lines));
+    const float* deltas = reinterpret_cast<const float*>(of_stage(stage, at.statistics));
+    float weight[kPart][4], ds[kPart][4];
+    start(weight, blocks, {of_stage(stage, at.columns)}, begin);
+    RowsA<T, D> rows_of_k(k, first);
+    q.template start_products<true>(weight, rows_of_k, begin);
+    wgmma_wait<0>(flat(weight));
+    RowsA<T, D> rows_of_v(v, first);
+    grad.template start_products<false>(ds, rows_of_v, begin);
+#pragma unroll
+    for (int j = 0; j < kPart; ++j)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int m = begin + j * 8 + threadIdx.x % 4 * 2;
+        const float2 add = *reinterpret_cast<const float2*>(lines + blocks.line(0, half) + m);
+        float* x = weight[j] + 2 * half;
+        x[0] = exp2_approx(fmaf(x[0], p.to_powers, add.x));
+        x[1] = exp2_approx(fmaf(x[1], p.to_powers, add.y));
+      }
+    WeightsA<T, kPart> weights(weight);
+    grad.start_weighted(dv, weights, begin);
+    wgmma_wait<1>(flat(ds));
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) {
+      const float2 delta = *reinterpret_cast<const float2*>(deltas + begin + j * 8 + threadIdx.x % 4 * 2);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        ds[j][2 * half] = weight[j][2 * half] * (ds[j][2 * half] - delta.x);
+        ds[j][2 * half + 1] = weight[j][2 * half + 1] * (ds[j][2 * half + 1] - delta.y);
+      }
+    }
+    WeightsA<T, kPart> of_ds(ds);
+    q.start_weighted(dk, of_ds, begin);
+    wgmma_wait<0>(flat(dv), flat(dk));
+  }
+
+  // By a warp, with slots `first` and on of the block.
+  __device__ __forceinline__ void consume(int first, const Tile<T, D>& k, const Tile<T, D>& v) const {
+    float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
+    const KeyBlocks<1> blocks(p, block.slots, first, kQueries);
+    StageRing ring{p.at_keys_sm90.stage_count};
+    for (int tile = 0; tile < tiles(); ++tile, ring.advance()) {
+      mbarrier_wait(full + ring.stage, ring.parity);
+#pragma unroll
+      for (int begin = 0; begin < kQueries; begin += kPart * 8)
+        absorb(dk[0], dv[0], first, blocks, ring.stage, begin, k, v);
+      __syncwarp();  // all lanes have read the stage
+      if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + ring.stage);
+    }
+    const auto token = [&](int row) { return block.slots.token(p.shape, block.slots.first + row); };
+    store_slots(p, p.dk, dk, p.scale, k, first, block.place, token);
+    store_slots(p, p.dv, dv, 1.f, v, first, block.place, token);
+  }
+};
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kSm90Threads, 1)
+    attention_bwd_keys_sm90_kernel(const __grid_constant__ AttentionBwdKeysSm90Params p) {
+  RELPOS_DYNAMIC_SHARED_1024(shared);
+  using At = AttentionBwdKeysSm90Shared;
+  const Tile<T, D> k{reinterpret_cast<T*>(shared + p.at_keys_sm90.k)},
+      v{reinterpret_cast<T*>(shared + p.at_keys_sm90.v)};
+  KeysBlock& block = *reinterpret_cast<KeysBlock*>(shared);
+  const AttentionBwdKeysSm90<T, D> work{p, block, shared + At::stages, reinterpret_cast<uint64_t*>(shared + At::full),
+                                        reinterpret_cast<uint64_t*>(shared + At::empty)};
+  if (threadIdx.x == 0) {
+    block.fill<T>(p);
+    init_stages(work.full, work.empty, p.at_keys_sm90.stage_count);
+    mbarrier_fence_init();
+  }
+  __syncthreads();
+  copy_slots(k, p, p.k, block);
+  copy_slots(v, p, p.v, block);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32;
+  if (warp < kSm90Warps) {
+    setmaxnreg_inc<240>();
+    work.consume(warp * 16, k, v);
+  } else {
+    setmaxnreg_dec<24>();
+    if (threadIdx.x == 32 * kSm90Warps) work.produce();
+  }
+}
+
+}  // namespace relpos

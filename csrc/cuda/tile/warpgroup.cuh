@@ -1,0 +1,131 @@
+// warpgroup.cuh - what kernels for sm_90 share: stages that TMA fills, and products of a warpgroup with rows of them.
+//
+// A warp has 16 rows of the 64 that its warpgroup multiplies, in registers, as it would have them for mma.sync:
+// operands and results are those of operands.cuh. start_.. only starts: until wgmma_wait, operands and results are not
+// touched.
+#pragma once
+#include "operands.cuh"
+
+namespace relpos {
+
+// Stages one after another, and the parity of the phase that their barriers are in.
+struct StageRing {
+  int count, stage = 0, parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == count) stage = 0, parity ^= 1;
+  }
+};
+
+// By one thread. full: what is on its way has arrived. empty: all warps that have something that stays are done with
+// it.
+__device__ __forceinline__ void init_stages(uint64_t* full, uint64_t* empty, int count) {
+  for (int s = 0; s < count; ++s) {
+    mbarrier_init(full + s, 1);
+    mbarrier_init(empty + s, kSm90Warps);
+  }
+}
+
+template <int N>
+__device__ __forceinline__ auto flat(float (&x)[N][4]) -> float (&)[4 * N] {
+  return reinterpret_cast<float (&)[4 * N]>(x);
+}
+
+// The operands of 16 rows of a tile; of weights, block by block.
+template <typename T, int D>
+struct RowsA {
+  OperandA<T> step[D / 16];
+
+  __device__ __forceinline__ RowsA(const Tile<T, D>& from, int first) {
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) step[i].load(from, first, i);
+  }
+};
+template <typename T, int BLOCKS>
+struct WeightsA {
+  OperandA<T> step[BLOCKS / 2];
+
+  __device__ __forceinline__ explicit WeightsA(const float (&weights)[BLOCKS][4]) {
+#pragma unroll
+    for (int i = 0; i < BLOCKS / 2; ++i) step[i].set(weights[2 * i], weights[2 * i + 1]);
+  }
+};
+
+// ROWS rows of D elements in shared memory, swizzled: each 64 elements of D are a matrix of rows of 128 bytes, zero
+// past D. As columns of a product they are K-major to wgmma; as its depth, MN-major.
+template <typename T, int D, int ROWS>
+struct SwizzledRows {
+  static constexpr int kSpans = ceil_div(D, kSm90Row), kSpan = ROWS * kSm90Row * 2;  // bytes of 64 elements of D
+  static constexpr int kCores = 8 * kSm90Row * 2;                                    // bytes of 8 rows
+  unsigned char* data;
+
+  __device__ __forceinline__ unsigned char* chunk(int row, int c) const {  // of 16 bytes
+    return data + c / 8 * kSpan + row * kSm90Row * 2 + (c % 8 ^ row % 8) * 16;
+  }
+
+  // By one thread: asks TMA for a box per span, first elements `at`, but for axis 0.
+  template <int RANK>
+  __device__ __forceinline__ void load(const TensorMap& map, uint64_t* full, int (&at)[RANK]) const {
+#pragma unroll
+    for (int i = 0; i < kSpans; ++i) {
+      at[0] = i * kSm90Row;
+      tma_load<RANK>(data + i * kSpan, map, full, at);
+    }
+  }
+
+  // acc += a, times rows `first` and on, transposed; acc = .. unless ADD.
+  template <bool ADD, int BLOCKS>
+  __device__ __forceinline__ void start_products(float (&acc)[BLOCKS][4], RowsA<T, D>& a, int first) const {
+    const uint64_t rows = wgmma_descriptor(data + first / 8 * kCores, 16, kCores, Swizzle::k128);
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i) pin(a.step[i].pairs);
+    wgmma_fence(flat(acc));
+#pragma unroll
+    for (int i = 0; i < D / 16; ++i)
+      wgmma_rs<T, BLOCKS * 8, false>(flat(acc), a.step[i].pairs,
+                                     rows + (i * 16 / kSm90Row * kSpan + i * 16 % kSm90Row * 2) / 16, ADD || i > 0);
+    wgmma_commit();
+  }
+
+  // acc += a, times rows `first` and on
+  template <int BLOCKS>
+  __device__ __forceinline__ void start_weighted(float (&acc)[D / 8][4], WeightsA<T, BLOCKS>& a, int first) const {
+    const uint64_t rows = wgmma_descriptor(data + first / 8 * kCores, kSpan, kCores, Swizzle::k128);
+#pragma unroll
+    for (int i = 0; i < BLOCKS / 2; ++i) pin(a.step[i].pairs);
+    wgmma_fence(flat(acc));
+#pragma unroll
+    for (int i = 0; i < BLOCKS / 2; ++i)
+      wgmma_rs<T, D, true>(flat(acc), a.step[i].pairs, rows + i * 2 * kCores / 16, true);
+    wgmma_commit();
+  }
+};
+
+// Keys and values in stages; boxes of some columns of some lines, [D, columns, lines, heads, batch].
+template <typename T, int D, int BLOCKS>
+struct Sm90Stages {
+  using Rows = SwizzledRows<T, D, BLOCKS * 8>;
+  static constexpr int kMatrix = static_cast<int>(sm90_matrix_bytes(BLOCKS, D));
+  unsigned char* data;
+
+  __device__ __forceinline__ Rows k(int stage) const { return {data + stage * 2 * kMatrix}; }
+  __device__ __forceinline__ Rows v(int stage) const { return {data + stage * 2 * kMatrix + kMatrix}; }
+
+  // Rows from `covered` on, which no box covers, are read by products whose result does not count; but it must not be
+  // NaN. By so many threads.
+  __device__ __forceinline__ void clear(int count, int covered, int threads) const {
+    const int chunks = (BLOCKS * 8 - covered) * kSm90Row / 8;  // of 16 bytes, per matrix of 64 elements of D
+    for (int i = threadIdx.x; i < count * 2 * Rows::kSpans * chunks; i += threads)
+      *reinterpret_cast<uint4*>(data + i / chunks * Rows::kSpan + (covered * kSm90Row / 8 + i % chunks) * 16) = uint4{};
+  }
+
+  __device__ __forceinline__ void load(const TensorMap& k_map, const TensorMap& v_map, const KeyTiling& keys,
+                                       const BlockPlace& block, int stage, uint64_t* full, int column, int line) const {
+    mbarrier_expect_bytes(full, 2 * Rows::kSpans * keys.lines * keys.columns * kSm90Row * 2);
+    int at[5] = {0, column, line, block.head, block.batch};
+    k(stage).load(k_map, full, at);
+    v(stage).load(v_map, full, at);
+  }
+};
+
+}  // namespace relpos
