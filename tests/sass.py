@@ -74,6 +74,29 @@ class Instruction:
         return range(int(found[1]), int(found[1]) + wide)
 
     @property
+    def sums(self) -> range:
+        """Registers of the thread that an HGMMA adds to."""
+        found = re.match(r"R(\d+)", self.operands)
+        columns = re.match(r"HGMMA\.64x(\d+)x16", self.opcode)
+        return range(int(found[1]), int(found[1]) + int(columns[1]) // 2) if found and columns else range(0)
+
+    @property
+    def factors(self) -> range:
+        """Those it multiplies, but for what is in shared memory."""
+        found = re.match(r"R\d+, R(\d+), gdesc", self.operands if self.root == "HGMMA" else "")
+        return range(int(found[1]), int(found[1]) + 4) if found else range(0)
+
+    @property
+    def ends_group(self) -> bool:
+        return self.root == "HGMMA" and self.operands.endswith("gsb0")
+
+    @property
+    def groups_left(self) -> int | None:
+        """Of products under way, after an instruction that waits."""
+        found = re.match(r"gsb0, (0x[0-9a-f]+)", self.operands if self.opcode == "WARPGROUP.DEPBAR.LE" else "")
+        return int(found[1], 16) if found else None
+
+    @property
     def falls_through(self) -> bool:
         if self.root in ("EXIT", "RET", "BRX", "JMP"):
             return self.predicated
@@ -185,6 +208,24 @@ class Kernel:
                     continue
             pending += self.predecessors[i.address]
         return found
+
+    def meanwhile(self, product: Instruction) -> list[Instruction]:
+        """What may run while a product of a warpgroup is under way: until a wait that leaves only groups after its."""
+        at = {i.address: i for i in self.code}
+        found: set[Instruction] = set()
+        seen: set[tuple[int, int]] = set()
+        pending = [(a, 0 if product.ends_group else -1) for a in self.successors[product.address]]
+        while pending:  # an address, and how many groups have been committed after the product's; -1: not even that
+            address, later = pending.pop()
+            if (address, later) in seen or later > len(self.code):
+                continue
+            seen.add((address, later))
+            i = at[address]
+            found.add(i)
+            if i.groups_left is not None and later >= i.groups_left:
+                continue
+            pending += [(a, later + i.ends_group) for a in self.successors[address]]
+        return sorted(found, key=lambda i: i.address)
 
     def within(self, loop: Loop) -> list[Instruction]:
         return [i for i in self.code if i.address in loop.body]

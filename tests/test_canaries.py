@@ -31,7 +31,10 @@ from simt.toolchain import ADDRESS, PLAIN, THREAD, Sanitizer
 NAMES = "tiny or misaligned or table_gradients or finite or asked"
 SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or spans"  # D <= 64: emulator.FEW_KERNELS
 WINDOWS = "one_line or interpol or one_pass or finer or video"
-OF_SM90 = "line_of_33 or round_the or ragged or interpol or two_blocks or past_the_end or two_spans- or video"
+OF_SM90 = (
+    "line_of_33 or round_the or ragged or interpol or two_blocks or past_the_end or two_spans- or video "
+    "or no_box or line_of_100 or class_token"
+)
 SOON = {  # file: pytest's -k
     "test_logits.py": f"emulated and ({NAMES}) and not (longer or one_row or torch.float16)",
     "test_attention.py": f"emulated and (lse or asked or saved or tiny and ({SMALL}) and not torch.float16)",
@@ -44,7 +47,8 @@ SANITIZED = SOON | {
     "(torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) "
     "or torch.float32 and (5x13_mma or two_class))",
     "test_attention_window.py": "emulated and test_windows and torch.bfloat16 and (interpol or finer or video)",
-    "test_attention_sm90.py": "emulated and test_values and torch.bfloat16 and (round_the or two_spans- or two_blocks)",
+    "test_attention_sm90.py": "emulated and test_values and torch.bfloat16 and "
+    "(round_the or two_spans- or two_blocks or no_box or class_tokens)",
 }
 SILENT = {
     "test_logits.py": "emulated and (tiny or strides or not_finite) and "
@@ -54,7 +58,7 @@ SILENT = {
     "test_attention_window.py": "emulated and not torch.float16 and test_windows and "
     "(one_line or interpol or finer or video)",
     "test_attention_sm90.py": "emulated and not torch.float16 and "
-    "(layouts or test_values and (round_the or ragged or past_the_end or two_spans-))",
+    "(layouts or test_values and (round_the or ragged or past_the_end or two_spans- or no_box or class_tokens))",
 }
 LATER = {
     "test_logits.py": "emulated and (random or tiny and (longer or one_row))",
@@ -83,11 +87,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_bwd_keys.cuh: exists -> true | const int64_t m": NOT_READ,
     "attention_bwd_keys.cuh: exists -> true | of_row": NOT_READ,
     "attention_bwd_keys.cuh: exists -> true | m0 + m": NOT_READ,
-    "attention_bwd_keys.cuh: of_line[s][half] -> true | block.column_block": DROPPED,
     "attention_bwd_keys.cuh: m + kQueries < M -> true": ONE_MORE_ROUND,
-    "attention_bwd_keys.cuh: to.data == nullptr -> false": SLOWER,
-    "attention_bwd_queries.cuh: p.keys.line_of[j] == 0 -> true": SAME,
-    "attention_bwd_queries.cuh: p.dq.data == nullptr -> false": SLOWER,
     "attention_bwd_window.cuh: lane < 16 -> true": SAME,
     "attention_bwd_window.cuh: lane % 2 == 0 -> true": SAME,
     "attention_bwd_window.cuh: t == 0 -> true": SAME,
@@ -97,8 +97,6 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_bwd_window.cuh: p.dq.data -> true | p.dfactors": DROPPED,
     "attention_bwd_window.cuh: p.dfactors -> true | p.dq.data": DROPPED,
     "attention_bwd_window.cuh: p.dq.data -> true | if (p.dq.data) {": SLOWER,
-    "attention_fwd_sm90.cuh: ++stage == count -> true": SLOWER,
-    "attention_fwd_sm90.cuh: i < count * 2 * kMatrix -> i <= count * 2 * kMatrix": OVERWRITTEN,
     "attention_fwd_sm90.cuh: p.keys.lines * p.keys.columns < BLOCKS * 8 -> true": SLOWER,
     "logits_bwd.cuh: o0 < keys_o -> o0 <= keys_o": ONE_MORE_ROUND,
     "logits_bwd.cuh: v * V < shift + n -> v * V <= shift + n": DROPPED,
@@ -134,8 +132,13 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "tile/factors.cuh: j > 0 -> false": SLOWER,
     "tile/operands.cuh: ends_before<T>(d, width) -> false": SLOWER,
     "tile/operands.cuh: s < HELD -> false": SLOWER,
+    "tile/query_gradients.cuh: p.keys.line_of[j] == 0 -> true": SAME,
+    "tile/query_gradients.cuh: p.dq.data == nullptr -> false": SLOWER,
     "tile/rows.cuh: i < count -> i <= count | blockDim.x": OVERWRITTEN,
     "tile/rows.cuh: s.axis[a].rows == 0 -> false": OVERWRITTEN,
+    "tile/slots.cuh: of_line[s][half] -> true | block.column_block": DROPPED,
+    "tile/slots.cuh: to.data == nullptr -> false": SLOWER,
+    "tile/sm90.cuh: ++stage == count -> true": SLOWER,
     "tile/softmax.cuh: !__any_sync(~0u, grown) -> false": SLOWER,
     "tile/tokens.cuh: i < block_rows -> i <= block_rows": OVERWRITTEN,
     "tile/tokens.cuh: begin >= blocks -> false": DROPPED,

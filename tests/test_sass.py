@@ -42,7 +42,14 @@ KERNELS |= {
 }
 OF_ARCH = dict.fromkeys(sass.ARCHS, KERNELS)
 OF_ARCH["90a"] = KERNELS | {
-    f"attention_fwd_sm90 {t} {d} {k}" for (t, d), tiles in TILES.items() if t in HALF for k in tiles
+    *(
+        f"attention_{name}_sm90 {t} {d} {k}"
+        for name in ("fwd", "bwd_queries")
+        for (t, d), tiles in TILES.items()
+        if t in HALF
+        for k in tiles
+    ),
+    *(f"attention_bwd_keys_sm90 {t} {d}" for t, d in TILES if t in HALF),
 }
 THREADS = 256
 UNROLL = 4  # vectors that a thread has in flight
@@ -81,11 +88,12 @@ def faults_of_widths(k: Kernel) -> Iterator[str]:
 
 
 def faults_of_tensor_cores(k: Kernel) -> Iterator[str]:
-    for root, wanted in (("HMMA", k.tensor_cores), ("LDSM", k.loads_matrices)):
+    by_warps = k.tensor_cores and not str(k).startswith("attention_bwd_keys_sm90")  # which has no factors to find
+    for root, wanted in (("HMMA", by_warps), ("LDSM", k.loads_matrices)):
         if bool(k.roots(root)) != wanted:
             yield f"{len(k.roots(root))} {root}"
     for root in ("HGMMA", "UTMALDG"):
-        if bool(k.roots(root)) != str(k).startswith("attention_fwd_sm90"):
+        if bool(k.roots(root)) != ("_sm90 " in str(k)):
             yield f"{len(k.roots(root))} {root}"
     if bool(k.roots("LDGSTS")) != k.attention:
         yield f"{len(k.roots('LDGSTS'))} copies to shared memory without registers"
@@ -94,12 +102,22 @@ def faults_of_tensor_cores(k: Kernel) -> Iterator[str]:
 def faults_of_warpgroups(k: Kernel) -> Iterator[str]:
     """ptxas 13.0 gives the registers of an operand away, should one be kept through a loop that has another branch."""
     for i in k.code:
-        if operand := re.match(r"R\d+, R(\d+), gdesc", i.operands if i.root == "HGMMA" else ""):
-            wanted = r"F2FP\..*PACK_AB" if ".tnspB" in i.operands else r"LDSM\..*"  # weights with v, q with k
-            first = int(operand[1])
-            found = set().union(*(k.written_before(i.address, r) for r in range(first, first + 4)))
-            if not all(re.fullmatch(wanted, opcode) for opcode in found):
-                yield f"an operand of the HGMMA at {i.address:#x} may come from {sorted(found)}"
+        wanted = r"F2FP\..*PACK_AB" if ".tnspB" in i.operands else r"LDSM\..*"  # weights, rows of tokens
+        found = set().union(*(k.written_before(i.address, r) for r in i.factors))
+        if not all(re.fullmatch(wanted, opcode) for opcode in found):
+            yield f"an operand of the HGMMA at {i.address:#x} may come from {sorted(found)}"
+
+
+def faults_of_waiting(k: Kernel) -> Iterator[str]:
+    """What touches the registers of a product that is under way."""
+    for product in k.code:
+        if product.root != "HGMMA":
+            continue
+        for i in k.meanwhile(product):
+            used = {int(r) for r in re.findall(r"\bR(\d+)", i.operands)} | {*i.written}
+            sums_of_others = i.root == "HGMMA" and i.sums == product.sums
+            if {*i.written, *i.sums} & {*product.factors} or (used & {*product.sums} and not sums_of_others):
+                yield f"{i.opcode} at {i.address:#x} does not wait for the HGMMA at {product.address:#x}"
 
 
 def faults_of_stream(k: Kernel) -> Iterator[str]:
@@ -119,7 +137,10 @@ def faults_of_stream(k: Kernel) -> Iterator[str]:
         yield "a vector is used before all are on their way"
 
 
-RULES = [faults_of_memory, faults_of_widths, faults_of_tensor_cores, faults_of_warpgroups, faults_of_stream]
+RULES = [
+    *(faults_of_memory, faults_of_widths, faults_of_tensor_cores),
+    *(faults_of_warpgroups, faults_of_waiting, faults_of_stream),
+]
 
 
 @needs_tools
@@ -293,6 +314,7 @@ WARPGROUP = """
         /*0020*/                   HMMA.16816.F32 R4, R4, R8, R4 ;
         /*0030*/                   LDSM.16.M88.4 R88, [R37] ;
         /*0040*/                   HGMMA.64x64x16.F32 R24, R88, gdesc[UR8], R24, gsb0 ;
+        /*0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*0050*/              @!P0 BRA 0x80 ;
         /*0060*/                   FMUL R56, R56, R2 ;
         /*0080*/                   F2FP.F16.F32.PACK_AB R92, R25, R24 ;
@@ -300,6 +322,7 @@ WARPGROUP = """
         /*00a0*/                   F2FP.F16.F32.PACK_AB R94, R29, R28 ;
         /*00b0*/                   F2FP.F16.F32.PACK_AB R95, R31, R30 ;
         /*00c0*/                   HGMMA.64x64x16.F32 R56, R92, gdesc[UR8].tnspB, R56, gsb0 ;
+        /*00c8*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
         /*00d0*/               @P1 BRA 0x30 ;
         /*00e0*/                   EXIT ;
 """
@@ -315,6 +338,16 @@ WARPGROUP = """
         ({"PACK_AB R93": "PACK_AB R97"}, "at 0xc0 may come from ['F2FP.F16.F32.PACK_AB', 'nothing']"),
         ({"LDSM.16.M88.4 R88": "@P2 LDSM.16.M88.4 R90"}, "at 0x40 may come from ['LDSM.16.M88.4', 'nothing']"),
         ({"UTMALDG.5D [UR8], [UR4]": "NOP"}, "0 UTMALDG"),
+        ({"0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0": "0048*/ NOP"}, "PACK_AB at 0x80 does not wait for"),
+        ({"0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0": "0048*/ MOV R91, R1"}, "MOV at 0x48 does not wait"),
+        (
+            {"0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0": "0048*/ WARPGROUP.DEPBAR.LE gsb0, 0x1"},
+            "at 0x80 does",
+        ),
+        (
+            {"00c8*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0": "00c8*/ FADD R2, R2, R57"},
+            "FADD at 0xc8 does not",
+        ),
     ],
 )
 def test_operands_of_warpgroups_are_followed(planted: dict[str, str], fault: str):

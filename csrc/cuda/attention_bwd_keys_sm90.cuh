@@ -8,7 +8,7 @@
 //   barriers full, empty: as in attention_fwd_sm90.cuh.
 #pragma once
 #include "tile/slots.cuh"
-#include "tile/warpgroup.cuh"
+#include "tile/sm90.cuh"
 
 namespace relpos {
 
@@ -55,7 +55,7 @@ struct AttentionBwdKeysSm90 {
     }
   }
 
-  // What the products of k and q start from: column factors of queries `begin` ..
+  // What the products of k and q start from: column factors of queries `begin` .., zero for class tokens.
   __device__ __forceinline__ void start(float (&score)[kPart][4], const KeyBlocks<1>& blocks, const Columns& columns,
                                         int begin) const {
 #pragma unroll
@@ -66,9 +66,9 @@ struct AttentionBwdKeysSm90 {
         load_blocks_transposed(pairs, columns.chunk(begin + j * 8 + threadIdx.x % 32, blocks.column(0, half) / 8));
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float2 two = __half22float2(*reinterpret_cast<const __half2*>(pairs + i));
-          score[j + i][2 * half] = blocks.has_bias(0, half) ? two.x : 0.f;
-          score[j + i][2 * half + 1] = blocks.has_bias(0, half) ? two.y : 0.f;
+          const uint32_t pair = blocks.has_bias(0, half) ? pairs[i] : 0u;
+          const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+          score[j + i][2 * half] = two.x, score[j + i][2 * half + 1] = two.y;
         }
       }
   }

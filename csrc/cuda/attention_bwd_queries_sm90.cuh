@@ -7,7 +7,7 @@
 //            of these warps: the last tile of a span is done with, or all factors of one are.
 #pragma once
 #include "tile/query_gradients.cuh"
-#include "tile/warpgroup.cuh"
+#include "tile/sm90.cuh"
 
 namespace relpos {
 

@@ -12,7 +12,7 @@
 //   barriers full[s]: k and v of stage s have arrived. empty[s]: all eight warps are done with them.
 #pragma once
 #include "tile/softmax.cuh"
-#include "tile/warpgroup.cuh"
+#include "tile/sm90.cuh"
 
 namespace relpos {
 

@@ -1,4 +1,4 @@
-// warpgroup.cuh - what kernels for sm_90 share: stages that TMA fills, and products of a warpgroup with rows of them.
+// sm90.cuh - what kernels for sm_90 share: stages that TMA fills, and products of a warpgroup with rows of them.
 //
 // A warp has 16 rows of the 64 that its warpgroup multiplies, in registers, as it would have them for mma.sync:
 // operands and results are those of operands.cuh. start_.. only starts: until wgmma_wait, operands and results are not
