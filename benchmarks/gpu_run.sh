@@ -9,7 +9,7 @@
 #     tests      the tests, without the emulated ones and those that never touch a GPU
 #     sanitize   compute-sanitizer, memcheck and racecheck, on tiny problems
 #     bench      python -m relpos_cuda bench
-#     wgmma      tests and bench of the attention's forward for sm_90, beside the other
+#     wgmma      tests and bench of the attention's kernels for sm_90, beside the others
 #     profile    ncu on every kernel of sam_b_global and sam_b_windows, bfloat16
 #
 #   benchmarks/gpu_run.sh --list        the steps, and the seconds each may take

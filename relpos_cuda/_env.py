@@ -109,8 +109,8 @@ CPU_ISA = Variable(
 WGMMA = Variable(
     "RELPOS_CUDA_WGMMA",
     "0",
-    "1: on sm_90, the forward of the attention in half precision is the kernel with TMA and `wgmma`, which no GPU has "
-    "run yet.",  # read by csrc/cuda, listed here
+    "1: on sm_90, the attention in half precision takes the kernels with TMA and `wgmma`, which no GPU has run "
+    "yet.",  # read by csrc/cuda, listed here
     _one_of("0", "1"),
 )
 ARCH_LIST = Variable(

@@ -32,7 +32,10 @@ CUDA_SOURCES = ("cuda/attention.cu", "cuda/logits.cu", "cuda/table_grad.cu")
 CUDA_KERNELS = ("cuda/attention_bwd.cu", "cuda/attention_fwd.cu")  # once per dtype
 CUDA_HALVES = ("__half", "__nv_bfloat16")
 CUDA_DTYPES = ("float", *CUDA_HALVES)
-CUDA_SM90_KERNELS = ("cuda/attention_bwd_sm90.cu", "cuda/attention_fwd_sm90.cu")  # once per dtype of 16 bits, for 90a only
+CUDA_SM90_KERNELS = (
+    "cuda/attention_bwd_sm90.cu",
+    "cuda/attention_fwd_sm90.cu",
+)  # once per dtype of 16 bits, for 90a only
 CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")

@@ -125,25 +125,36 @@ def check_attention(arch, kernel, dtype, problem):
 
 @pytest.mark.parametrize("k_size", [(64, 64), (48, 48), (14, 14), (50, 76), (128, 128)])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128])
-def test_the_forward_for_sm90_fits(head_dim, k_size):
-    p = _loader.plan().plan_attention("forward_sm90", "bfloat16", 12, (64, 65), k_size, head_dim, 0, 90, 0.1)
-    assert (p.refusal, p.threads, p.block_rows, p.grid) == ("", 3 * 128, 2 * 64, 12 * 33)
+@pytest.mark.parametrize("kernel", ["forward_sm90", "backward_queries_sm90", "backward_keys_sm90"])
+def test_the_kernels_for_sm90_fit(kernel, head_dim, k_size):
+    p = _loader.plan().plan_attention(kernel, "bfloat16", 12, (64, 65), k_size, head_dim, 0, 90, 0.1)
+    if kernel == "backward_queries_sm90" and k_size == (128, 128) and head_dim > 64:
+        assert "exceed shared memory" in p.refusal  # line factors and their gradients of 128 queries
+        return
+    slots = k_size[0] * (-(-k_size[1] // 8) * 8)
+    blocks = -(-slots // 128) if kernel == "backward_keys_sm90" else 33
+    assert (p.refusal, p.threads, p.block_rows, p.grid) == ("", 3 * 128, 2 * 64, 12 * blocks)
     assert 0 < p.shared_bytes <= PER_BLOCK[90] * 1024
-    assert p.kernel.startswith(f"attention_fwd_sm90_d{head_dim}_line")
+    name = kernel.replace("forward", "fwd").replace("backward", "bwd")
+    assert p.kernel.startswith(f"attention_{name}_d{head_dim}")
+    assert ("_line" in p.kernel) == (kernel != "backward_keys_sm90")
 
 
 @pytest.mark.parametrize(
-    "dtype,k_size,prefix,arch,reason",
+    "kernel,dtype,k_size,prefix,arch,reason",
     [
-        ("float32", (64, 64), 0, 90, "half precision"),
-        ("bfloat16", (64, 64), 1, 90, "class tokens"),
-        ("bfloat16", (64, 64), 0, 80, "sm_90"),
-        ("bfloat16", (64, 64), 0, 100, "sm_90"),
-        ("bfloat16", (1000, 1), 0, 90, "exceed shared memory"),
+        ("forward", "float32", (64, 64), 0, 90, "half precision"),
+        ("forward", "bfloat16", (64, 64), 1, 90, "class tokens"),
+        ("backward_queries", "bfloat16", (64, 64), 1, 90, "class tokens"),
+        ("backward_keys", "bfloat16", (64, 129), 0, 90, "up to 128"),
+        ("forward", "bfloat16", (64, 64), 0, 80, "sm_90"),
+        ("backward_keys", "bfloat16", (64, 64), 0, 100, "sm_90"),
+        ("forward", "bfloat16", (1000, 1), 0, 90, "exceed shared memory"),
+        ("backward_queries", "bfloat16", (400, 1), 0, 90, "exceed shared memory"),
     ],
 )
-def test_the_forward_for_sm90_refuses(dtype, k_size, prefix, arch, reason):
-    p = _loader.plan().plan_attention("forward_sm90", dtype, 1, k_size, k_size, 64, prefix, arch, 0.1)
+def test_the_kernels_for_sm90_refuse(kernel, dtype, k_size, prefix, arch, reason):
+    p = _loader.plan().plan_attention(f"{kernel}_sm90", dtype, 1, k_size, k_size, 64, prefix, arch, 0.1)
     assert reason in p.refusal and p.kernel == "none"
 
 
