@@ -86,6 +86,7 @@ struct AttentionParams {
 
 struct AttentionFwdParams : AttentionParams {
   AttentionFwdShared at;  // each kernel has its own
+  AttentionFwdWindowShared at_window;
   AttentionFwdSm90Shared at_sm90;
   OutRows out;
   float* lse = nullptr;  // [groups, M] or null

@@ -38,6 +38,15 @@ std::string window_refusal(const Shape& s, int bytes) {
   return "";
 }
 
+std::string fwd_window_refusal(const Shape& s, int bytes) {
+  const int keys_w = s.axis[kW].keys;
+  if (bytes != 2) return "windows are of half precision";
+  if (kernel_head_dim(s.D, bytes) > kMostFwdWindowD) return with("windows have a D up to 96, not ", s.D);
+  if (keys_w > kWindowLine) return with("windows have up to 16 keys in a line, not ", keys_w);
+  if (s.N() > kMostWindowKeys) return with("windows have up to 320 keys, not ", s.N());
+  return "";
+}
+
 AttentionPlan plan_window(const Shape& s, int bytes, int arch, double scale) {
   AttentionPlan plan;
   plan.refusal = refusal_of(s, scale);
@@ -51,6 +60,36 @@ AttentionPlan plan_window(const Shape& s, int bytes, int arch, double scale) {
   plan.grid = s.groups;
   if (plan.shared_bytes > shared_limits(arch).per_block)
     plan.refusal = "a window of " + std::to_string(plan.shared_bytes) + " bytes exceeds shared memory";
+  return plan;
+}
+
+AttentionPlan plan_fwd_window(const Shape& s, int bytes, int arch, double scale) {
+  AttentionPlan plan;
+  plan.refusal = refusal_of(s, scale);
+  if (plan.refusal.empty()) plan.refusal = fwd_window_refusal(s, bytes);
+  if (!plan.refusal.empty()) return plan;
+  plan.keys = tile_keys(s, bytes, kWindowBlocks);
+  const int D = plan.head_dim = kernel_head_dim(s.D, bytes);
+  const SharedLimits limits = shared_limits(arch);
+  const int64_t strips = ceil_div<int64_t>(s.M(), 16);
+  int most_resident = 0;
+  for (const int threads : {kFwdWindowThreads, kMostFwdWindowThreads}) {
+    const int64_t most_warps = threads / 32;
+    const int64_t passes = std::min<int64_t>(kFwdWindowPasses, ceil_div(strips, most_warps));
+    const int64_t blocks = ceil_div(strips, most_warps * passes);
+    const int warps = static_cast<int>(ceil_div(ceil_div(strips, blocks), passes));
+    const int64_t shared = attention_fwd_window_shared(s, plan.keys, warps * 16, D).total;
+    const int64_t fit =
+        std::min<int64_t>(kMostFwdWindowThreads / 32 / warps, limits.per_sm / (shared + kReservedPerBlock));
+    const int resident = warps * static_cast<int>(fit);
+    if (shared > limits.per_block || resident <= most_resident) continue;
+    most_resident = resident;
+    plan.threads = warps * 32;
+    plan.block_rows = warps * 16 * static_cast<int>(passes);
+    plan.shared_bytes = shared;
+    plan.grid = s.groups * ceil_div<int64_t>(s.M(), plan.block_rows);
+  }
+  if (most_resident == 0) plan.refusal = "all keys of a window, and their values, exceed shared memory";
   return plan;
 }
 
@@ -86,11 +125,10 @@ AttentionPlan plan_sm90(AttentionKernel kernel, const Shape& s, int bytes, int a
 
 }  // namespace
 
-KeyTiling tile_keys(const Shape& s, int bytes) {
+KeyTiling tile_keys(const Shape& s, int bytes, int most_blocks) {
   const int keys_w = s.axis[kW].keys;
   KeyTiling t;
   t.one_line = bytes == 2 && keys_w > kMostColumnsOfManyLines;
-  const int most_blocks = most_key_blocks(bytes, kernel_head_dim(s.D, bytes));
   t.spans = ceil_div(keys_w, most_blocks * 8);
   t.columns = round_up(ceil_div(keys_w, t.spans), 8);
   t.blocks = t.one_line ? blocks_of(t.columns) : most_blocks;
@@ -108,6 +146,10 @@ KeyTiling tile_keys(const Shape& s, int bytes) {
   return t;
 }
 
+KeyTiling tile_keys(const Shape& s, int bytes) {
+  return tile_keys(s, bytes, most_key_blocks(bytes, kernel_head_dim(s.D, bytes)));
+}
+
 std::string AttentionPlan::kernel(AttentionKernel which) const {
   if (!refusal.empty()) return "none";
   const auto with_tile = [&](const char* name) {
@@ -116,6 +158,8 @@ std::string AttentionPlan::kernel(AttentionKernel which) const {
   switch (which) {
     case AttentionKernel::kForward:
       return with_tile("attention_fwd_d");
+    case AttentionKernel::kForwardWindow:
+      return with("attention_fwd_window_d", head_dim) + with("_line_", keys.columns);
     case AttentionKernel::kForwardSm90:
       return with_tile("attention_fwd_sm90_d");
     case AttentionKernel::kBackwardQueries:
@@ -133,6 +177,7 @@ std::string AttentionPlan::kernel(AttentionKernel which) const {
 }
 
 AttentionPlan plan_attention(AttentionKernel kernel, const Shape& s, int bytes, int arch, double scale) {
+  if (kernel == AttentionKernel::kForwardWindow) return plan_fwd_window(s, bytes, arch, scale);
   if (kernel == AttentionKernel::kBackwardWindow) return plan_window(s, bytes, arch, scale);
   if (kernel == AttentionKernel::kForwardSm90 || kernel == AttentionKernel::kBackwardQueriesSm90 ||
       kernel == AttentionKernel::kBackwardKeysSm90)

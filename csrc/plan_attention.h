@@ -33,7 +33,8 @@ struct KeyTiling {
 
   RELPOS_HD int keys() const { return blocks * 8; }
 };
-KeyTiling tile_keys(const Shape& s, int bytes);
+KeyTiling tile_keys(const Shape& s, int bytes, int most_blocks);
+KeyTiling tile_keys(const Shape& s, int bytes);  // of all kernels but the forward of windows
 
 #ifndef RELPOS_MOST_HEAD_DIM  // less: fewer kernels, for tests that compile them many times
 #define RELPOS_MOST_HEAD_DIM 128
@@ -106,6 +107,35 @@ RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const K
   at.q = at.keys + (stages > staged ? stages : staged);
   at.lines = at.q + int64_t{block_rows} * tile_ld(D, bytes) * bytes;
   at.total = at.lines + line_factors(tiling) * block_rows * bytes;
+  return at;
+}
+
+// The forward of windows: half precision, all keys in shared memory, blocks of 8 passing a strip of queries step by
+// step.
+constexpr int kWindowLine = 16;  // slots at most
+constexpr int kWindowBlocks = 4, kFwdWindowPasses = 2;
+constexpr int kMostFwdWindowThreads = 512, kFwdWindowThreads = 256;  // two blocks of the latter fit an SM by registers
+constexpr int kMostFwdWindowD = 96, kMostWindowKeys = 320;           // registers; where tiles of keys are as good
+struct AttentionFwdWindowShared {
+  static constexpr int64_t rows = round_up<int64_t>(kFwdWindowPasses * sizeof(BlockPlace), 16);
+  int64_t largest, lines, staged, q, k, v, total;
+  int pass_rows, key_rows;
+};
+// pass_rows: queries of a pass, 16 per warp
+RELPOS_HD inline AttentionFwdWindowShared attention_fwd_window_shared(const Shape& s, const KeyTiling& tiling,
+                                                                      int pass_rows, int D) {
+  const int64_t ld = int64_t{tile_ld(D, 2)} * 2;
+  const int of_lines = s.prefix + tiling.padded_lines * s.axis[kW].keys, of_class = tiling.class_tiles * tiling.keys();
+  AttentionFwdWindowShared at{};
+  at.pass_rows = pass_rows;
+  at.key_rows = (of_lines > of_class ? of_lines : of_class) + kWindowLine;  // of which products read 8 or 16 at a time
+  at.largest = at.rows + pass_rows * static_cast<int64_t>(sizeof(Coordinates));
+  at.lines = at.largest + pass_rows * 4;
+  at.staged = at.lines + line_factors(tiling) * pass_rows * 2;
+  at.q = at.staged + int64_t{pass_rows} * tiling.staged * 4;
+  at.k = at.q + pass_rows * ld;
+  at.v = at.k + at.key_rows * ld;
+  at.total = at.v + at.key_rows * ld;
   return at;
 }
 
@@ -262,7 +292,7 @@ RELPOS_HD inline AttentionBwdKeysSm90Shared attention_bwd_keys_sm90_shared(const
 
 // Backward of windows, in one pass: half precision, a block per group with all keys in shared memory, every line
 // padded to a strip of 16 slots. A warp has two lines and, of every pass over the queries, one strip of 16.
-constexpr int kWindowLine = 16, kWindowWarpLines = 2, kWindowPasses = 2;
+constexpr int kWindowWarpLines = 2, kWindowPasses = 2;
 constexpr int kWindowWarps = kMostAttentionThreads / 32, kMostWindowLines = kWindowWarps * kWindowWarpLines;  // at most
 constexpr int kMostWindowD = 80;     // registers
 constexpr int kWindowColumnLd = 24;  // elements between the column factors of two queries
@@ -293,6 +323,7 @@ RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(int block_
 
 enum class AttentionKernel {
   kForward,
+  kForwardWindow,
   kForwardSm90,
   kBackwardQueries,
   kBackwardQueriesSm90,

@@ -56,6 +56,7 @@ NamedPlan attention(const std::string& kernel, const std::string& dtype, int64_t
                     int num_prefix_tokens, int arch, double scale) {
   static const std::map<std::string, AttentionKernel> kernels = {
       {"forward", AttentionKernel::kForward},
+      {"forward_window", AttentionKernel::kForwardWindow},
       {"forward_sm90", AttentionKernel::kForwardSm90},
       {"backward_queries", AttentionKernel::kBackwardQueries},
       {"backward_queries_sm90", AttentionKernel::kBackwardQueriesSm90},
@@ -65,7 +66,8 @@ NamedPlan attention(const std::string& kernel, const std::string& dtype, int64_t
   const auto found = kernels.find(kernel);
   if (found == kernels.end())
     throw std::invalid_argument(
-        "kernel must be forward, backward_queries, backward_keys, each also with _sm90, or backward_window, got " +
+        "kernel must be forward, backward_queries, backward_keys, each also with _sm90, forward_window or "
+        "backward_window, got " +
         kernel);
   const Shape s = shape_of(groups, q_size, k_size, head_dim, num_prefix_tokens);
   const AttentionPlan p = plan_attention(found->second, s, bytes_of(dtype), arch, scale);

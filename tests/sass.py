@@ -352,18 +352,16 @@ def library() -> Path:
         return _build.build("cuda")
 
 
-FORWARD = """
-#include "cuda/attention_fwd.cuh"
-namespace relpos {
-template __global__ void attention_fwd_kernel<__nv_bfloat16, 80, 8, true>(const AttentionFwdParams);
-template __global__ void attention_fwd_kernel<__nv_bfloat16, 64, 8, false>(const AttentionFwdParams);
-}
-"""
-FORWARD_SM90 = re.sub(
-    r"\(const AttentionFwd",
-    "(const __grid_constant__ AttentionFwdSm90",
-    FORWARD.replace("attention_fwd", "attention_fwd_sm90"),
-)
+def forward_source(arch: str) -> str:
+    """Some kernels of the forward, for D 80 and 64."""
+    kernels = ["fwd_window_kernel<__nv_bfloat16, 80, 2>(const AttentionFwdParams)"]
+    ways = {"fwd": "const AttentionFwdParams", "fwd_sm90": "const __grid_constant__ AttentionFwdSm90Params"}
+    for name, params in ways.items() if arch == "90a" else [*ways.items()][:1]:
+        kernels += [f"{name}_kernel<__nv_bfloat16, {tile}>({params})" for tile in ("80, 8, true", "64, 8, false")]
+    files = dict.fromkeys(kernel.partition("_kernel")[0] for kernel in kernels)
+    includes = [f'#include "cuda/attention_{file}.cuh"' for file in files]
+    instances = [f"template __global__ void attention_{kernel};" for kernel in kernels]
+    return "\n".join([*includes, "namespace relpos {", *instances, "}", ""])
 
 
 def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
@@ -373,7 +371,7 @@ def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
     """
     folder.mkdir()
     source, object_file = folder / "forward.cu", folder / "forward.o"
-    source.write_text(FORWARD + FORWARD_SM90 if arch == "90a" else FORWARD)
+    source.write_text(forward_source(arch))
     library = _libraries.library("cuda")
     unit = next(u for u in library.units if u.source.name == "attention_fwd.cu")
     of_unit = [flag for flag in unit.flags if not flag.startswith("-DRELPOS_TYPE")]
@@ -383,8 +381,8 @@ def forward_loops(arch: str, folder: Path, *flags: str) -> dict[str, float]:
     found = {}
     for kernel in kernels_of(object_file, arch):
         head_dim, blocks = map(int, str(kernel).split()[2:4])
-        of_sm90 = "sm90" in str(kernel)
-        strips = 2 if head_dim <= 80 and not of_sm90 else 1
+        of_sm90, of_window = "sm90" in str(kernel), "window" in str(kernel)
+        strips, blocks = 1 if of_sm90 or of_window or head_dim > 80 else 2, 4 if of_window else blocks
         loop = kernel.product_loop((head_dim // 16 + blocks // 2) if of_sm90 else strips * blocks * head_dim // 8)
         assert loop is not None, f"{kernel}: no loop over keys"
         found[str(kernel)] = len(kernel.within(loop)) / (strips * blocks * 4)

@@ -1,6 +1,8 @@
-"""The backward of windows in one CUDA kernel: values, every gradient, and that it is this kernel that runs."""
+"""Windows have CUDA kernels of their own: values, every gradient, and that it is these kernels that run."""
 
 from __future__ import annotations
+
+import ctypes
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import relpos_cuda
 from checks import compare_attention
 from conftest import use_device
 from problems import ATTENTION_NAMES, EXTREMES, Problem, call_attention, draw_attention, run_attention, same
-from relpos_cuda import _ops, support
+from relpos_cuda import _loader, _ops, support
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,6 +28,22 @@ WINDOWS = [
     Problem("finer_queries", (8, 12), (6, 10), 16),
     Problem("fraction", (9, 10), (5, 9), 72),
     Problem("video", (2, 3, 11), (3, 4, 11), 32),
+]
+FORWARD = [  # of what the backward takes no window
+    same("line_of_8", 7, 8, 64),
+    same("window_7x7", 7, 7, 96, heads=1),
+    same("column_9x1", 9, 1, 16, batch=2),
+    Problem("class_token", (4, 5), (5, 14), 40, batch=2, prefix=1),
+    Problem("class_tokens_fill_a_step", (3, 4), (3, 5), 16, prefix=37),
+    Problem("mvitv2", (9, 15), (7, 7), 96, heads=1, prefix=1),
+    Problem("many_queries", (20, 30), (3, 10), 8, heads=1),
+    Problem("video_and_class_token", (2, 3, 4), (2, 3, 5), 24, prefix=1, table=9),
+]
+NO_WINDOWS = [  # small lines, all the same
+    same("too_many_keys_36x9", 36, 9, 16, heads=1),
+    Problem("too_many_and_class_tokens", (5, 8), (24, 14), 32, heads=1, prefix=3),
+    Problem("too_many_of_a_video", (1, 2, 5), (6, 8, 7), 24, heads=1),
+    same("dim_112", 3, 5, 112),
 ]
 SMALL = [p for p in WINDOWS if p.rows < 100 and p.head_dim <= 64]
 ours = relpos_cuda.rel_pos_attention
@@ -51,6 +69,32 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def fits(problem: Problem, device: str) -> bool:
     q = torch.empty(1, 1, 1, problem.head_dim, dtype=torch.float16, device=device)
     return support.backward_in_one_pass(q, problem.q_size, problem.k_size, problem.prefix)
+
+
+def forward_is_of_windows(problem: Problem, dtype: torch.dtype, device: str) -> bool:
+    leaves = draw_attention(problem, dtype).leaves(dtype, device)
+    if device == "cuda":
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            call_attention(ours, problem, leaves)
+            torch.cuda.synchronize()
+        return any("attention_fwd_window" in event.key for event in profile.key_averages())
+    sizes = (problem.batch * problem.heads, problem.q_size, problem.k_size, problem.head_dim, problem.prefix)
+    name = str(dtype).removeprefix("torch.")
+    plan = _loader.plan().plan_attention("forward_window", name, *sizes, 90, problem.head_dim**-0.5)
+    emulated = ctypes.CDLL(str(emulator.build()))
+    emulated.simt_count.restype = ctypes.c_long
+    before = emulated.simt_count(b"block_barriers")
+    call_attention(ours, problem, leaves)
+    return bool(emulated.simt_count(b"block_barriers") - before == 2 * plan.grid)  # any other has more
+
+
+@HALVES
+@pytest.mark.parametrize("problem", [*WINDOWS, *FORWARD, *NO_WINDOWS], ids=str)
+def test_forward(problem: Problem, dtype: torch.dtype, device: str):
+    if problem not in WINDOWS:  # their values: below
+        compare_attention(problem, draw_attention(problem, dtype), dtype, device)
+    if device == "cpu" or torch.cuda.get_device_capability()[0] in (9, 10):  # there is room for all of them
+        assert forward_is_of_windows(problem, dtype, device) == (problem not in NO_WINDOWS)
 
 
 @HALVES

@@ -80,17 +80,22 @@ AttentionPlan plan_for(AttentionKernel kernel, AttentionParams& p, const OnDevic
   return obeyed(std::move(plan), p);
 }
 
-// The same of a kernel for sm_90, if it is asked for, as no GPU has run it yet, and takes the problem; `passing` is
-// what TMA is to read.
+// The same of a kernel that takes some problems only, if it takes this one.
+std::optional<AttentionPlan> plan_if_taken(AttentionKernel kernel, AttentionParams& p, const OnDevice& device,
+                                           const Tensor& q) {
+  AttentionPlan plan = plan_attention(kernel, p.shape, bytes_of(q), device.arch(), p.scale);
+  if (!plan.refusal.empty()) return {};
+  return obeyed(std::move(plan), p);
+}
+
+// The same of a kernel for sm_90, if it is asked for, as no GPU has run it yet; `passing` is what TMA is to read.
 std::optional<AttentionPlan> plan_sm90(AttentionKernel kernel, AttentionParams& p, const OnDevice& device,
                                        const Tensor& q, int64_t tokens, std::initializer_list<InRows> passing) {
   const char* wanted = std::getenv("RELPOS_CUDA_WGMMA");
   if (!kWithSm90 || !wanted || std::strcmp(wanted, "1") != 0) return {};
   for (const InRows& rows : passing)
     if (!has_strides(rows, p.shape, tokens)) return {};
-  AttentionPlan plan = plan_attention(kernel, p.shape, bytes_of(q), device.arch(), p.scale);
-  if (!plan.refusal.empty()) return {};
-  return obeyed(std::move(plan), p);
+  return plan_if_taken(kernel, p, device, q);
 }
 
 // What the first kernel of the backward leaves for the second: csrc/plan_attention.h.
@@ -113,6 +118,11 @@ void launch_fwd(const OnDevice& device, AttentionFwdParams& p, const Tensor& q) 
     if (const auto plan = plan_sm90(AttentionKernel::kForwardSm90, p, device, q, p.shape.N(), {p.k, p.v})) {
       p.at_sm90 = attention_fwd_sm90_shared(p.keys, plan->head_dim, plan->stages);
       return launch_attention_fwd_sm90<T>(device, *plan, p);
+    }
+  if constexpr (sizeof(T) == 2)
+    if (const auto plan = plan_if_taken(AttentionKernel::kForwardWindow, p, device, q)) {
+      p.at_window = attention_fwd_window_shared(p.shape, p.keys, plan->threads / 2, plan->head_dim);
+      return launch_attention_fwd_window<T>(device, *plan, p);
     }
   const AttentionPlan plan = plan_for(AttentionKernel::kForward, p, device, q);
   p.at = attention_fwd_shared(p.shape, p.keys, p.block_rows, plan.head_dim, sizeof(T));

@@ -9,6 +9,8 @@ namespace relpos {
 template <typename T>
 void launch_attention_fwd(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p);
 template <typename T>
+void launch_attention_fwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p);
+template <typename T>
 void launch_attention_fwd_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p);
 template <typename T>
 void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);

@@ -1,6 +1,7 @@
 // attention_fwd.cu - the kernels of the attention's forward.
 #include "attention.h"
 #include "attention_fwd.cuh"
+#include "attention_fwd_window.cuh"
 
 namespace relpos {
 
@@ -12,8 +13,19 @@ void launch_attention_fwd(const OnDevice& device, const AttentionPlan& plan, con
   });
 }
 
-#define RELPOS_INSTANTIATE(T) \
-  template void launch_attention_fwd<T>(const OnDevice&, const AttentionPlan&, const AttentionFwdParams&);
+template <typename T>
+void launch_attention_fwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p) {
+  dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
+    if constexpr (sizeof(T) == 2 && d() <= kMostFwdWindowD)
+      device.launch(
+          plan.keys.columns == 8 ? attention_fwd_window_kernel<T, d(), 1> : attention_fwd_window_kernel<T, d(), 2>,
+          dim3(static_cast<unsigned>(plan.grid)), plan.threads, plan.shared_bytes, p);
+  });
+}
+
+#define RELPOS_INSTANTIATE(T)                                                                              \
+  template void launch_attention_fwd<T>(const OnDevice&, const AttentionPlan&, const AttentionFwdParams&); \
+  template void launch_attention_fwd_window<T>(const OnDevice&, const AttentionPlan&, const AttentionFwdParams&);
 RELPOS_FOR_TYPES(RELPOS_INSTANTIATE)
 
 }  // namespace relpos

@@ -11,8 +11,8 @@
 //   bias     as there: scores start from the column factors, which wgmma accumulates to.
 //   barriers full[s]: k and v of stage s have arrived. empty[s]: all eight warps are done with them.
 #pragma once
-#include "tile/softmax.cuh"
 #include "tile/sm90.cuh"
+#include "tile/softmax.cuh"
 
 namespace relpos {
 

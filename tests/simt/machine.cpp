@@ -190,10 +190,11 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   read_environment();
   thread_body = &thread, blockDim = block, gridDim = grid;
   host.identity = host_identity();
+  const Identity outside = host.identity.of_both_proxies();  // launches are ordered whatever their proxies
   for (Crew& c : crews) {
     c.memory.emplace(shared_bytes);
     c.order = Order();
-    c.order.release(host.identity);
+    c.order.release(outside);
   }
   unsigned number = 0;
   for (blockIdx.z = 0; blockIdx.z < grid.z; ++blockIdx.z)
@@ -206,7 +207,7 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
           stop(text("block (%u, %u, %u) wrote byte %td of its %zu bytes of shared memory", blockIdx.x, blockIdx.y,
                     blockIdx.z, *byte, shared_bytes));
       }
-  for (Crew& c : crews) c.order.acquire(host.identity);
+  for (Crew& c : crews) c.order.acquire(outside);
 }
 
 }  // namespace simt

@@ -135,19 +135,21 @@ struct OperandB<float> {
   }
 };
 
-// b = the transpose of 16 rows, elements 16 step .. 16 step + 15: their blocks of 8 rows, left and right.
+// b = the transpose of two blocks of 8 rows, left and right, elements 16 step .. 16 step + 15; from the first row of
+// one to that of the other it is `next`.
 template <typename T, int D>
-__device__ __forceinline__ void load_transposed(OperandB<T> (&b)[2], const Tile<T, D>& from, int row, int step) {
+__device__ __forceinline__ void load_transposed(OperandB<T> (&b)[2], const Tile<T, D>& from, int row, int step,
+                                                int next = 8) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     uint32_t four[4];
-    ldmatrix_x4(four, from.chunk(row + lane / 16 * 8 + lane % 8, step * 2 + lane / 8 % 2));
+    ldmatrix_x4(four, from.chunk(row + lane / 16 * next + lane % 8, step * 2 + lane / 8 % 2));
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2].pairs[i % 2] = four[i];
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* pair = from.at(row + i / 2 * 8 + lane / 4, step * 16 + lane % 4 * 2 + i % 2 * 8);
+      const float* pair = from.at(row + i / 2 * next + lane / 4, step * 16 + lane % 4 * 2 + i % 2 * 8);
       const float2 two = *reinterpret_cast<const float2*>(pair);
       b[i / 2].pairs.set(i % 2, two.x, two.y);
     }
@@ -170,19 +172,20 @@ __device__ __forceinline__ void load_blocks_transposed(uint32_t (&pairs)[2], con
   ldmatrix_x2_trans(pairs, row);
 }
 
-// b = 16 rows as they are, columns 8 block .. 8 block + 15: left and right.
+// b = two blocks of 8 rows as they are, one below the other, columns 8 block .. 8 block + 15: left and right.
 template <typename T, int D>
-__device__ __forceinline__ void load_straight(OperandB<T> (&b)[2], const Tile<T, D>& from, int row, int block) {
+__device__ __forceinline__ void load_straight(OperandB<T> (&b)[2], const Tile<T, D>& from, int row, int block,
+                                              int next = 8) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
     uint32_t four[4];
-    ldmatrix_x4_trans(four, from.chunk(row + lane % 16, block + lane / 16));
+    ldmatrix_x4_trans(four, from.chunk(row + lane / 8 % 2 * next + lane % 8, block + lane / 16));
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2].pairs[i % 2] = four[i];
   } else {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const float* upper = from.at(row + lane % 4 * 2 + i % 2 * 8, (block + i / 2) * 8 + lane / 4);
+      const float* upper = from.at(row + lane % 4 * 2 + i % 2 * next, (block + i / 2) * 8 + lane / 4);
       b[i / 2].pairs.set(i % 2, *upper, upper[Tile<T, D>::kLd]);
     }
   }
@@ -221,10 +224,10 @@ __device__ __forceinline__ bool ends_before(int block, int width) {
   return sizeof(T) == 4 && block % 4 == 0 && width <= block * 8;
 }
 
-// acc[s][j] += a, times rows b_row + 8 j .. of b, transposed; a(s, step) is a step of the strip's operand.
+// acc[s][j] += a, times rows b_row + next * j .. of b, transposed; a(s, step) is a step of the strip's operand.
 template <bool SWAPPED = false, typename T, int D, int STRIPS, int BLOCKS, typename A>
 __device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], A&& a, const Tile<T, D>& b, int b_row,
-                                             int width) {
+                                             int width, int next = 8) {
 #pragma unroll(kStepsUnrolled<T, D>)
   for (int step = 0; step < steps_of<T, D>(width); ++step) {
     OperandA<T> rows[STRIPS];
@@ -233,7 +236,7 @@ __device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], A&
 #pragma unroll
     for (int j = 0; j < BLOCKS; j += 2) {
       OperandB<T> columns[2];
-      load_transposed(columns, b, b_row + j * 8, step);
+      load_transposed(columns, b, b_row + j * next, step, next);
 #pragma unroll
       for (int s = 0; s < STRIPS; ++s) {
         multiply<SWAPPED>(acc[s][j], rows[s], columns[0]);
@@ -265,10 +268,10 @@ struct StripRows {
   }
 };
 
-// acc[s] += weights[s], times rows b_row .. of b
+// acc[s] += weights[s], times rows b_row .. of b, in blocks of 8 as there
 template <typename T, int D, int STRIPS, int BLOCKS>
 __device__ __forceinline__ void add_weighted(float (&acc)[STRIPS][D / 8][4], const float (&weights)[STRIPS][BLOCKS][4],
-                                             const Tile<T, D>& b, int b_row, int width) {
+                                             const Tile<T, D>& b, int b_row, int width, int next = 8) {
 #pragma unroll
   for (int j = 0; j < BLOCKS; j += 2) {
     OperandA<T> rows[STRIPS];
@@ -278,7 +281,7 @@ __device__ __forceinline__ void add_weighted(float (&acc)[STRIPS][D / 8][4], con
     for (int d = 0; d < D / 8; d += 2) {
       if (ends_before<T>(d, width)) break;
       OperandB<T> columns[2];
-      load_straight(columns, b, b_row + j * 8, d);
+      load_straight(columns, b, b_row + j * next, d, next);
 #pragma unroll
       for (int s = 0; s < STRIPS; ++s) {
         multiply(acc[s][d], rows[s], columns[0]);
