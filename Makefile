@@ -40,6 +40,8 @@ build: venv
 	$(PY) -m relpos_cuda build all
 
 # Two files of tests at a time: most tests use one core. Both run, whichever fails; the tests' summary comes last.
+# Threads of theirs that wait for others sleep, and leave the core to those.
+test: export OMP_WAIT_POLICY = PASSIVE
 test: venv
 	@$(PY) -m ruff check; ruff=$$?; $(PY) -m pytest -n 2 --dist loadfile --durations=15 $(ARGS) && exit $$ruff
 

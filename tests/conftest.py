@@ -7,9 +7,17 @@ import torch
 
 import emulator
 
+# First, so that no worker of pytest-xdist is left with one of them at the end; then the others by name.
+LONGEST = [f"test_{name}.py" for name in ("canaries", "sass", "attention", "bench", "logits", "install")]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds")
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(params=["cpu", "emulated", "cuda"])

@@ -6,7 +6,6 @@ the CUDA launchers and kernels.
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import os
@@ -75,21 +74,16 @@ def build() -> Path:
     """Compiles the library once per content of the sources; it takes a minute or two on two cores."""
     if instead := os.environ.get(INSTEAD):
         return Path(instead)
-    target = ROOT / "build" / "emulated" / _digest() / f"lib{NAMESPACE}.so"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with open(target.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # two processes that run tests want it at the same time
-        if not target.exists():
-            unfinished = target.with_suffix(".tmp")
-            compile_tree(ROOT, unfinished)
-            unfinished.replace(target)
-    return target
+    folder = toolchain.BUILT / _digest()
+    library = folder / f"lib{NAMESPACE}.so"
+    with toolchain.locked(folder) as is_there:  # two processes that run tests want it at the same time
+        return library if is_there else compile_tree(ROOT, library)
 
 
 def compile_tree(root: Path, library: Path, sanitizer: toolchain.Sanitizer = toolchain.PLAIN, *more: str) -> Path:
     """The library of a tree that has csrc and tests/simt: the project, or a copy of it."""
-    units, shim = [(root / source, flag) for source, flag in UNITS], root / "tests" / "simt"
-    return toolchain.compile_library(units, library, [*_flags(), *more], shim, sanitizer)
+    units = [(root / source, flag) for source, flag in UNITS]
+    return toolchain.compile_library(units, library, [*_flags(), *more], root, sanitizer)
 
 
 def _flags() -> list[str]:

@@ -8,6 +8,7 @@ Branches are followed by address, so that blocks the compiler moved behind the e
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import re
@@ -31,8 +32,10 @@ from test_install import no_nvcc
 
 ARCHS = ("80", "90a")
 # Of the attention. bfloat16 differs from float16 in two opcodes.
-DTYPES = {"float32": "float", "float16": "__half"} | ({"bfloat16": "__nv_bfloat16"} if EVERYTHING else {})
-HEAD_DIMS = (64, 80, 96, *((112, 128) if EVERYTHING else ()))
+HEAD_DIMS = {"float32": (64,), "float16": (64, 80, 96), "bfloat16": (64,)}
+if EVERYTHING:
+    HEAD_DIMS = dict.fromkeys(HEAD_DIMS, (64, 80, 96, 112, 128))
+VARIANTS = {"float": "float32", "half": "float16", "nv_bfloat16": "bfloat16"}  # of compile units
 SHARED_PER_SM = {"80": 164, "86": 100, "89": 100, "90a": 228, "100": 228, "120": 100}  # KiB, CUDA programming guide
 REGISTERS_PER_SM, REGISTERS_AT_ONCE = 65536, 256  # the latter: what a warp's share is rounded up to
 RESERVED_SHARED = 1024  # of every block
@@ -343,13 +346,17 @@ def missing() -> str:
 
 
 def library() -> Path:
-    """The CUDA library for ARCHS, from the cache if it is there; what DTYPES and HEAD_DIMS lack saves minutes."""
+    """The CUDA library for ARCHS, from the cache if it is there; what HEAD_DIMS lack saves minutes."""
+
+    def with_head_dims(unit: _libraries.Unit) -> _libraries.Unit:
+        dtypes = [VARIANTS[unit.variant]] if unit.variant else HEAD_DIMS
+        most = max(HEAD_DIMS[dtype][-1] for dtype in dtypes)
+        return dataclasses.replace(unit, flags=(*unit.flags, f"-DRELPOS_MOST_HEAD_DIM={most}"))
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_libraries, "CUDA_DTYPES", tuple(DTYPES.values()))
-        patch.setattr(_libraries, "CUDA_HALVES", tuple(t for t in DTYPES.values() if t != "float"))
-        patch.setenv("RELPOS_CUDA_NVCCFLAGS", f"-DRELPOS_MOST_HEAD_DIM={HEAD_DIMS[-1]}")
         patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
-        return _build.build("cuda")
+        library = _libraries.library("cuda")
+        return _build.build_library(dataclasses.replace(library, units=tuple(map(with_head_dims, library.units))))
 
 
 def forward_source(arch: str) -> str:

@@ -15,8 +15,9 @@ import pytest
 
 import sass
 from problems import MODELS
-from relpos_cuda import _loader
+from relpos_cuda import _build, _loader
 from sass import Kernel, Usage
+from test_install import assert_it_loads
 
 needs_tools = pytest.mark.skipif(bool(sass.missing()), reason=sass.missing() or "all there")
 each_arch = pytest.mark.parametrize("arch", sass.ARCHS)
@@ -28,8 +29,13 @@ KERNELS = {
     *(f"{name} {s} {t}{cores}" for name in ("logits_fwd", "logits_bwd") for s, t in PAIRS for cores in ("", " mma")),
     *(f"table_partial {t}{cores}" for t in ("float32", *HALF) for cores in ("", " mma")),
 } - {f"{name} float32 mma" for name in ("logits_fwd float32", "logits_bwd float32", "table_partial")}
-TILES = {(t, d): ("8 line", "6 line", "8") for t in sass.DTYPES if t != "float32" for d in sass.HEAD_DIMS}
-TILES |= {("float32", d): ("4" if d <= 80 else "2",) for d in sass.HEAD_DIMS if d != 112}
+TILES = {
+    (t, d): ("8 line", "6 line", "8") if dims[-1] > 64 else ("8 line", "8")
+    for t, dims in sass.HEAD_DIMS.items()
+    if t != "float32"
+    for d in dims
+}
+TILES |= {("float32", d): ("4" if d <= 80 else "2",) for d in sass.HEAD_DIMS["float32"] if d != 112}
 KERNELS |= {
     *(
         f"attention_{name} {t} {d} {k}"
@@ -38,8 +44,8 @@ KERNELS |= {
         for k in tiles
     ),
     *(f"attention_bwd_keys {t} {d}" for t, d in TILES),
-    *(f"attention_fwd_window {t} {d} {b}" for t in HALF if t in sass.DTYPES for d in (64, 80, 96) for b in (1, 2)),
-    *(f"attention_bwd_window {t} {d}" for t in sass.DTYPES if t != "float32" for d in (64, 80)),
+    *(f"attention_fwd_window {t} {d} {b}" for t, d in TILES if t != "float32" and d <= 96 for b in (1, 2)),
+    *(f"attention_bwd_window {t} {d}" for t, d in TILES if t != "float32" and d <= 80),
 }
 OF_ARCH = dict.fromkeys(sass.ARCHS, KERNELS)
 OF_ARCH["90a"] = KERNELS | {
@@ -60,6 +66,7 @@ LOCAL = ("LDL", "STL", "LD", "ST")  # LD and ST: an address space the compiler c
 
 @dataclass(frozen=True)
 class Built:
+    library: Path
     kernels: dict[str, list[Kernel]]  # of each architecture
     usage: list[Usage]
     complaints: list[str]
@@ -70,7 +77,7 @@ def built() -> Built:
     library: Path = sass.library()
     log = (library.parent / "ptxas.log").read_text()
     kernels = {arch: sass.kernels_of(library, arch) for arch in sass.ARCHS}
-    return Built(kernels, sass.usage_of(log), sass.complaints(log))
+    return Built(library, kernels, sass.usage_of(log), sass.complaints(log))
 
 
 # ---- rules: what is wrong with a kernel, each fault in words
@@ -160,6 +167,13 @@ def test_every_kernel_is_there(built: Built, arch: str):
     assert {str(k) for k in built.kernels[arch]} == OF_ARCH[arch]
     assert len(built.kernels[arch]) == len(OF_ARCH[arch])
     assert min(len(k.code) for k in built.kernels[arch]) > 100, "the parser met a format it does not know"
+
+
+@needs_tools
+@pytest.mark.slow
+def test_the_library_loads(built: Built):
+    assert _build.archs_of(built.library) == sass.ARCHS
+    assert_it_loads(built.library)
 
 
 @needs_tools
