@@ -69,6 +69,7 @@ AttentionPlan plan_fwd_window(const Shape& s, int bytes, int arch, double scale)
   if (plan.refusal.empty()) plan.refusal = fwd_window_refusal(s, bytes);
   if (!plan.refusal.empty()) return plan;
   plan.keys = tile_keys(s, bytes, kWindowBlocks);
+  plan.keys.staged = std::max(plan.keys.columns + kInnerPad, s.axis[kT].factors() + s.axis[kH].factors());
   const int D = plan.head_dim = kernel_head_dim(s.D, bytes);
   const SharedLimits limits = shared_limits(arch);
   const int64_t strips = ceil_div<int64_t>(s.M(), 16);

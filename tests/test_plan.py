@@ -158,6 +158,39 @@ def test_the_kernels_for_sm90_refuse(kernel, dtype, k_size, prefix, arch, reason
     assert reason in p.refusal and p.kernel == "none"
 
 
+@pytest.mark.parametrize(
+    "q_size,k_size,prefix,head_dim,threads,rows",
+    [
+        ((14, 14), (14, 14), 0, 64, 7 * 32, 2 * 7 * 16),  # 13 strips in two passes
+        ((14, 14), (14, 14), 0, 80, 7 * 32, 2 * 7 * 16),
+        ((7, 7), (7, 7), 1, 96, 4 * 32, 4 * 16),
+        ((16, 16), (16, 16), 0, 64, 8 * 32, 2 * 8 * 16),
+        ((56, 56), (14, 14), 1, 96, 15 * 32, 2 * 15 * 16),  # 197 strips in seven blocks, one to an SM
+    ],
+)
+def test_the_forward_of_windows(q_size, k_size, prefix, head_dim, threads, rows):
+    p = _loader.plan().plan_attention("forward_window", "bfloat16", 3, q_size, k_size, head_dim, prefix, 90, 0.1)
+    assert (p.refusal, p.threads, p.block_rows) == ("", threads, rows)
+    assert p.grid == 3 * -(-(math.prod(q_size) + prefix) // rows)
+    assert p.shared_bytes <= PER_BLOCK[90] * 1024
+    assert p.kernel == f"attention_fwd_window_d{head_dim}_line_{16 if k_size[1] > 8 else 8}"
+
+
+@pytest.mark.parametrize(
+    "dtype,k_size,head_dim,arch,reason",
+    [
+        ("float32", (14, 14), 64, 90, "half precision"),
+        ("float16", (14, 14), 104, 90, "up to 96"),
+        ("float16", (3, 17), 64, 90, "up to 16 keys in a line"),
+        ("float16", (23, 14), 64, 90, "up to 320 keys"),
+        ("float16", (20, 16), 96, 120, "exceed shared memory"),
+    ],
+)
+def test_the_forward_of_windows_refuses(dtype, k_size, head_dim, arch, reason):
+    p = _loader.plan().plan_attention("forward_window", dtype, 1, k_size, k_size, head_dim, 0, arch, 0.1)
+    assert reason in p.refusal and p.kernel == "none"
+
+
 @pytest.mark.parametrize("head_dim,archs", [(64, {80, 90, 100}), (80, {90, 100})])
 def test_windows_have_one_kernel_where_they_fit(head_dim, archs):
     window = (14, 14)

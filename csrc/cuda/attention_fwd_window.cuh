@@ -146,7 +146,10 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
 #pragma unroll 1
   for (int i = 0; i < kFwdWindowPasses; ++i) {
     const BlockPlace& place = passes[i];
-    if (i > 0) work.copy_queries(place);
+    if (i > 0) {
+      if (work.first >= place.count) break;
+      work.copy_queries(place);
+    }
     if (threadIdx.x % 32 < 16)
       work.rows()[work.first + threadIdx.x % 32] = locate_query(p.shape, place, work.first + threadIdx.x % 32);
     if (i > 0)
