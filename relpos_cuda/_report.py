@@ -22,9 +22,9 @@ Row = tuple[str, str]
 # name, heads, head dimension
 SAM_MODELS = [("SAM-B", 12, 64), ("SAM-L", 16, 64), ("SAM-H", 16, 80)]
 SAM_LAYERS = [("global", 1, (64, 64)), ("window", 25, (14, 14))]  # name, windows of an image, grid
-KERNELS = {  # a window has one kernel for all gradients
+KERNELS = {  # where a window has kernels of its own, these run
     "logits": ("forward", "backward"),
-    "attention": ("forward", "backward_window", "backward_queries", "backward_keys"),
+    "attention": ("forward_window", "forward", "backward_window", "backward_queries", "backward_keys"),
 }
 
 
@@ -105,8 +105,8 @@ def sam_plans(planner: ModuleType, op: str) -> str:
     for arch, (model, heads, head_dim), (layer, windows, grid), kernel, dtype in layers:
         problem = (kernel, dtype, windows * heads, grid, grid, head_dim, 0, arch)
         p = planner.plan_logits(*problem) if op == "logits" else planner.plan_attention(*problem, head_dim**-0.5)
-        if kernel == "backward_window" and p.refusal:
-            continue  # the other two take it
+        if kernel.endswith("_window") and p.refusal:
+            continue  # the others take it
         what = (str(arch), model, layer, kernel, dtype, p.refusal or p.kernel)
         table.append((*what, *map(str, (p.block_rows, p.threads, p.shared_bytes, p.grid))))
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]

@@ -31,6 +31,7 @@ from simt.toolchain import ADDRESS, PLAIN, THREAD, Sanitizer
 NAMES = "tiny or misaligned or table_gradients or finite or asked"
 SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or spans"  # D <= 64: emulator.FEW_KERNELS
 WINDOWS = "one_line or interpol or one_pass or finer or video"
+FORWARD = "line_of_8 or class_token or many_queries or too_many_and"
 OF_SM90 = (
     "line_of_33 or round_the or ragged or interpol or two_blocks or past_the_end or two_spans- or video "
     "or no_box or line_of_100 or class_token"
@@ -39,14 +40,15 @@ SOON = {  # file: pytest's -k
     "test_logits.py": f"emulated and ({NAMES}) and not (longer or one_row or torch.float16)",
     "test_attention.py": f"emulated and (lse or asked or saved or tiny and ({SMALL}) and not torch.float16)",
     "test_attention_window.py": "emulated and not torch.float16 and (asked or two_kernels and (interpol or finer) "
-    f"or test_windows and ({WINDOWS}))",
+    f"or test_windows and ({WINDOWS}) or test_forward and ({FORWARD}))",
     "test_attention_sm90.py": f"emulated and not torch.float16 and (layouts or test_values and ({OF_SM90}))",
 }
 SANITIZED = SOON | {
     "test_attention.py": "emulated and tiny and "
     "(torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) "
     "or torch.float32 and (5x13_mma or two_class))",
-    "test_attention_window.py": "emulated and test_windows and torch.bfloat16 and (interpol or finer or video)",
+    "test_attention_window.py": "emulated and torch.bfloat16 and "
+    "(test_windows and (interpol or finer or video) or test_forward and (line_of_8 or class_token))",
     "test_attention_sm90.py": "emulated and test_values and torch.bfloat16 and "
     "(round_the or two_spans- or two_blocks or no_box or class_tokens)",
 }
@@ -55,8 +57,8 @@ SILENT = {
     "(ragged or row_1x7 or lanes or video or class or packed or inf)",
     "test_attention.py": "emulated and not float16 and "
     "(lse or tiny and (5x13_mma or 8x8 or video or class_tok or fraction or more or spans))",
-    "test_attention_window.py": "emulated and not torch.float16 and test_windows and "
-    "(one_line or interpol or finer or video)",
+    "test_attention_window.py": "emulated and not torch.float16 and "
+    f"(test_windows and (one_line or interpol or finer or video) or test_forward and ({FORWARD}))",
     "test_attention_sm90.py": "emulated and not torch.float16 and "
     "(layouts or test_values and (round_the or ragged or past_the_end or two_spans- or no_box or class_tokens))",
 }
