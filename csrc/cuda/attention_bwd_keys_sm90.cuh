@@ -5,7 +5,7 @@
 //   stage    64 queries: q and grad, swizzled; matrices of 64 columns of their column factors, swizzled; delta, and
 //   line
 //            factors, a row of 64 numbers each. All by TMA, zeros where there is no query.
-//   barriers full, empty: as in attention_fwd_sm90.cuh.
+//   barriers full, empty: as in attention_fwd_sm90.cuh. Factors are read by another proxy than that of TMA: a fence.
 #pragma once
 #include "tile/slots.cuh"
 #include "tile/sm90.cuh"
@@ -124,7 +124,8 @@ struct AttentionBwdKeysSm90 {
 #pragma unroll
       for (int begin = 0; begin < kQueries; begin += kPart * 8)
         absorb(dk[0], dv[0], first, blocks, ring.stage, begin, k, v);
-      __syncwarp();  // all lanes have read the stage
+      fence_proxy_async();  // factors are read as TMA does not see
+      __syncwarp();         // all lanes have read the stage
       if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + ring.stage);
     }
     const auto token = [&](int row) { return block.slots.token(p.shape, block.slots.first + row); };
