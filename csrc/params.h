@@ -1,7 +1,7 @@
 // params.h - what a kernel is given: one struct per kernel, filled field by field by the launcher.
 #pragma once
 #include "plan.h"
-#include "plan_attention.h"
+#include "shared_attention.h"
 
 namespace relpos {
 
@@ -102,7 +102,7 @@ struct AttentionBwdParams : AttentionParams {
   const float* lse = nullptr;  // [groups, M]
   OutRows dq, dk, dv;          // data may be null
   float* dfactors = nullptr;   // [rows, factors] or null
-  void* columns = nullptr;     // plan_attention.h; null where neither dk nor dv is wanted
+  void* columns = nullptr;     // shared_attention.h; null where neither dk nor dv is wanted
   float* lines = nullptr;
 };
 

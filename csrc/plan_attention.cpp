@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "plan.h"
+#include "shared_attention.h"
 
 namespace relpos {
 namespace {

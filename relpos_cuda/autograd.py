@@ -170,7 +170,7 @@ def _factor_cache(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of the CUDA backward: the factors, from the kernel that makes dq to the one that makes dk and dv.
 
-    ``csrc/plan_attention.h`` says what is where; float16, not bfloat16, beside half precision q. None if one kernel
+    ``csrc/shared_attention.h`` says what is where; float16, not bfloat16, beside half precision q. None if one kernel
     makes them all.
     """
     if not key_gradient or not _needs_work_spaces(q):

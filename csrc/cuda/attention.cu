@@ -98,7 +98,7 @@ std::optional<AttentionPlan> plan_sm90(AttentionKernel kernel, AttentionParams& 
   return plan_if_taken(kernel, p, device, q);
 }
 
-// What the first kernel of the backward leaves for the second: csrc/plan_attention.h.
+// What the first kernel of the backward leaves for the second: csrc/shared_attention.h.
 void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tensor>& columns,
                const std::optional<Tensor>& lines) {
   RELPOS_CHECK(columns && lines, "dk and dv need the work spaces columns and lines");

@@ -9,7 +9,7 @@
 //   per warp       |         |         |         |     column factors [queries, columns] lie across, and are read
 //                  +---------+---------+---------+     transposed; a line factor is one number per query and line
 //
-//   grid     (groups * ceil(slots / block slots)); slots of keys: plan_attention.h.
+//   grid     (groups * ceil(slots / block slots)); slots of keys: shared_attention.h.
 //   thread   lane 4 g + t of a warp: keys g and g + 8 of each strip, queries 2t and 2t + 1 of each block of 8.
 //   shared   where the block works; two stages of q, grad and the factors of a tile of queries; k and v of the block.
 //   barriers one when it is known where; one per tile: it has arrived, and the one before is done with.

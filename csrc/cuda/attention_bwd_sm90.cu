@@ -7,7 +7,7 @@
 namespace relpos {
 namespace {
 
-// What the first kernel leaves for the second: plan_attention.h.
+// What the first kernel leaves for the second: shared_attention.h.
 TensorMap map_of_columns(const AttentionBwdParams& p) {
   const Shape& s = p.shape;
   const int64_t slots = KeySlots(s).line, row = slots * 2;
