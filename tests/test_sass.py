@@ -157,8 +157,9 @@ def test_eight_warps_of_attention_fill_an_sm(built: Built, planner, arch: str, k
 
 @needs_tools
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim,arch", [(64, "80"), (64, "90a"), (80, "90a")])
+@pytest.mark.parametrize("head_dim,arch", [(64, "90a"), (80, "90a")])
 def test_an_sm_has_room_for_two_windows_forward(built: Built, planner, head_dim: int, arch: str):
+    """sm_80 has room for one, which then has all queries in one pass."""
     registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     window = (14, 14)
     p = planner.plan_attention("forward_window", "float16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)

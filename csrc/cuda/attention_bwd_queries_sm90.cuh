@@ -98,7 +98,7 @@ struct AttentionBwdQueriesSm90 {
         if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + ring.stage);
       }
       named_barrier_sync(1, kSm90Warps * 32);
-      mine.end_span(span, stage, table_rows);
+      mine.end_span(span_of(p, static_cast<int>(afresh(i))), stage, table_rows);  // afresh: not kept through the loop
     }
     mine.end(dlines, table_rows, q);
   }

@@ -178,8 +178,9 @@ __device__ __forceinline__ void load_straight(OperandB<T> (&b)[2], const Tile<T,
                                               int next = 8) {
   const int lane = threadIdx.x % 32;
   if constexpr (sizeof(T) == 2) {
+    const int of_lane = next == 8 ? lane % 16 : lane / 8 % 2 * next + lane % 8;  // known to the compiler
     uint32_t four[4];
-    ldmatrix_x4_trans(four, from.chunk(row + lane / 8 % 2 * next + lane % 8, block + lane / 16));
+    ldmatrix_x4_trans(four, from.chunk(row + of_lane, block + lane / 16));
 #pragma unroll
     for (int i = 0; i < 4; ++i) b[i / 2].pairs[i % 2] = four[i];
   } else {
