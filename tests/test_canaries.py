@@ -84,6 +84,7 @@ OVERWRITTEN = "writes where something else is written later"
 SAME = "the same number either way"
 NOT_READ = "the address of what is not read"
 MOVED = "all that is there, one element further, where there is room"
+SHOWN_AGAIN = "a later fence of the same thread, before TMA begins, shows it, too"
 BELOW_ROUNDING = "loses the low half of one element, less than the rounding of the result"
 
 HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a bug elsewhere
@@ -91,6 +92,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_bwd_keys.cuh: exists -> true | of_row": NOT_READ,
     "attention_bwd_keys.cuh: exists -> true | m0 + m": NOT_READ,
     "attention_bwd_keys.cuh: m + kQueries < M -> true": ONE_MORE_ROUND,
+    "attention_bwd_queries_sm90.cuh: mbarrier_fence_init() -> left out": SHOWN_AGAIN,
     "attention_bwd_window.cuh: lane < 16 -> true": SAME,
     "attention_bwd_window.cuh: lane % 2 == 0 -> true": SAME,
     "attention_bwd_window.cuh: t == 0 -> true": SAME,
