@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -41,6 +43,14 @@ def assert_vanishes(got: Tensor, exact: Tensor, all_exact: list[Tensor], name: s
     """For a gradient that is exactly zero, or nearly: 64 roundings of the largest value that led to it."""
     allowed = 64 * torch.finfo(got.dtype).eps * max(t.abs().max().item() for t in all_exact)
     assert miss(got, exact) <= allowed, f"{name} is off by {miss(got, exact):.1e}, allowed {allowed:.1e}"
+
+
+def cuda_kernels(call: Callable[[], object]) -> Counter[str]:
+    """Names of what a GPU ran during the call, and how often."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return Counter({event.key: event.count for event in profile.key_averages()})
 
 
 def compare_attention(

@@ -6,9 +6,11 @@ the CUDA launchers and kernels.
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,15 @@ def build() -> Path:
     library = folder / f"lib{NAMESPACE}.so"
     with toolchain.locked(folder) as is_there:  # two processes that run tests want it at the same time
         return library if is_there else compile_tree(ROOT, library)
+
+
+def count(name: str, call: Callable[[], object]) -> int:
+    """How much a counter of tests/simt/simt.cpp grows during the call."""
+    library = ctypes.CDLL(str(build()))
+    library.simt_count.restype = ctypes.c_long
+    before = library.simt_count(name.encode())
+    call()
+    return int(library.simt_count(name.encode()) - before)
 
 
 def compile_tree(root: Path, library: Path, sanitizer: toolchain.Sanitizer = toolchain.PLAIN, *more: str) -> Path:

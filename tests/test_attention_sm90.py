@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 import emulator
 import relpos_cuda
-from checks import compare_attention
+from checks import compare_attention, cuda_kernels
 from conftest import use_device
 from problems import (
     ATTENTION_NAMES,
@@ -73,15 +72,8 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def kernels_by_warpgroups(device: str, call: Callable[[], object]) -> int:
     """How often kernels for sm_90 ran during the call; on the emulator, how many products of warpgroups there were."""
     if device == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call()
-            torch.cuda.synchronize()
-        return sum(event.count for event in profile.key_averages() if "sm90" in event.key)
-    emulated = ctypes.CDLL(str(emulator.build()))
-    emulated.simt_count.restype = ctypes.c_long
-    before = emulated.simt_count(b"wgmma")
-    call()
-    return int(emulated.simt_count(b"wgmma") - before)
+        return sum(count for name, count in cuda_kernels(call).items() if "sm90" in name)
+    return emulator.count("wgmma", call)
 
 
 def check(problem: Problem, inputs: AttentionInputs, dtype: torch.dtype, device: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
+import functools
 
 import pytest
 import torch
 
 import emulator
 import relpos_cuda
-from checks import compare_attention
+from checks import compare_attention, cuda_kernels
 from conftest import use_device
 from problems import ATTENTION_NAMES, EXTREMES, Problem, call_attention, draw_attention, run_attention, same
 from relpos_cuda import _loader, _ops, support
@@ -72,20 +72,13 @@ def fits(problem: Problem, device: str) -> bool:
 
 
 def forward_is_of_windows(problem: Problem, dtype: torch.dtype, device: str) -> bool:
-    leaves = draw_attention(problem, dtype).leaves(dtype, device)
+    call = functools.partial(call_attention, ours, problem, draw_attention(problem, dtype).leaves(dtype, device))
     if device == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            call_attention(ours, problem, leaves)
-            torch.cuda.synchronize()
-        return any("attention_fwd_window" in event.key for event in profile.key_averages())
+        return any("attention_fwd_window" in name for name in cuda_kernels(call))
     sizes = (problem.batch * problem.heads, problem.q_size, problem.k_size, problem.head_dim, problem.prefix)
     name = str(dtype).removeprefix("torch.")
     plan = _loader.plan().plan_attention("forward_window", name, *sizes, 90, problem.head_dim**-0.5)
-    emulated = ctypes.CDLL(str(emulator.build()))
-    emulated.simt_count.restype = ctypes.c_long
-    before = emulated.simt_count(b"block_barriers")
-    call_attention(ours, problem, leaves)
-    return bool(emulated.simt_count(b"block_barriers") - before == 2 * plan.grid)  # any other has more
+    return bool(emulator.count("block_barriers", call) == 2 * plan.grid)  # any other has more
 
 
 @HALVES

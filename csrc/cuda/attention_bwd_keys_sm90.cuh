@@ -3,8 +3,7 @@
 //   the picture, grid, bias: as there, a strip of 16 slots of keys per warp, two warpgroups of 64.
 //   products S, then <grad, v> while powers of two are taken of S, then dv while ds is found, then dk.
 //   stage    64 queries: q and grad, swizzled; matrices of 64 columns of their column factors, swizzled; delta, and
-//   line
-//            factors, a row of 64 numbers each. All by TMA, zeros where there is no query.
+//            line factors, a row of 64 numbers each. All by TMA, zeros where there is no query.
 //   barriers full, empty: as in attention_fwd_sm90.cuh. Factors are read by another proxy than that of TMA: a fence.
 #pragma once
 #include "tile/slots.cuh"
@@ -125,8 +124,7 @@ struct AttentionBwdKeysSm90 {
       for (int begin = 0; begin < kQueries; begin += kPart * 8)
         absorb(dk[0], dv[0], first, blocks, ring.stage, begin, k, v);
       fence_proxy_async();  // factors are read as TMA does not see
-      __syncwarp();         // all lanes have read the stage
-      if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + ring.stage);
+      arrive_as_warp(empty + ring.stage);
     }
     const auto token = [&](int row) { return block.slots.token(p.shape, block.slots.first + row); };
     store_slots(p, p.dk, dk, p.scale, k, first, block.place, token);
@@ -156,14 +154,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   cp_async_wait<0>();
   __syncthreads();
 
-  const int warp = threadIdx.x / 32;
-  if (warp < kSm90Warps) {
-    setmaxnreg_inc<240>();
-    work.consume(warp * 16, k, v);
-  } else {
-    setmaxnreg_dec<24>();
-    if (threadIdx.x == 32 * kSm90Warps) work.produce();
-  }
+  share_work([&](int warp) { work.consume(warp * 16, k, v); }, [&] { work.produce(); });
 }
 
 }  // namespace relpos

@@ -30,11 +30,7 @@ struct AttentionBwdQueriesSm90 {
     StageRing ring{p.at_queries_sm90.stage_count};
     for (int i = 0; i < p.keys.spans; ++i) {
       mbarrier_wait(ready, i % 2);
-      for (int tile = 0; tile < p.keys.tiles; ++tile, ring.advance()) {
-        mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
-        stages.load(p.k_map, p.v_map, p.keys, block, ring.stage, full + ring.stage, i * p.keys.columns,
-                    tile * p.keys.lines);
-      }
+      stages.load_span(p, block, i, ring, full, empty);
     }
   }
 
@@ -46,8 +42,7 @@ struct AttentionBwdQueriesSm90 {
       stages.clear(p.at_queries_sm90.stage_count, covered, kSm90Warps * 32);
     }
     fence_proxy_async();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) mbarrier_arrive(ready);
+    arrive_as_warp(ready);
   }
 
   __device__ __forceinline__ void absorb(Sums& mine, const Span& span, int tile, int begin, int stage,
@@ -94,8 +89,7 @@ struct AttentionBwdQueriesSm90 {
         for (int begin = 0; begin < BLOCKS; begin += kPart)
           absorb(mine, span, tile, begin, ring.stage, lines, dlines, q, grad);
         mine.end_tile(span, tile, dlines);
-        __syncwarp();  // all lanes have read the stage
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + ring.stage);
+        arrive_as_warp(empty + ring.stage);
       }
       named_barrier_sync(1, kSm90Warps * 32);
       mine.end_span(span_of(p, static_cast<int>(afresh(i))), stage, table_rows);  // afresh: not kept through the loop
@@ -136,16 +130,12 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   cp_async_wait<0>();
   __syncthreads();
 
-  const int warp = threadIdx.x / 32;
-  if (warp < kSm90Warps) {
-    setmaxnreg_inc<240>();
+  const auto consume = [&](int warp) {
     unsigned char* const stage =
         shared + At::stages + warp * 16 * (p.keys.staged * 4 + Tile<T, D>::kLd * static_cast<int>(sizeof(T)));
     work.consume(warp * 16, rows, q, grad, lines, dlines, reinterpret_cast<float*>(stage));
-  } else {
-    setmaxnreg_dec<24>();
-    if (threadIdx.x == 32 * kSm90Warps) work.produce();
-  }
+  };
+  share_work(consume, [&] { work.produce(); });
 }
 
 }  // namespace relpos

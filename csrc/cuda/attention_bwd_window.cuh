@@ -111,11 +111,7 @@ struct WindowStrip {
   __device__ __forceinline__ float* stage() const { return reinterpret_cast<float*>(tiles.grad.at(first, 0)); }
 
   __device__ __forceinline__ void copy(const Tile<T, D>& to, const InRows& from) const {
-    const T* group = rows_of<T>(place, from);
-    const Tile<T, D> own{to.at(first, 0)};
-    copy_rows(own, 16, p.shape.D, threadIdx.x % 32, 32, group, [&](int row) {
-      return first + row < place.count ? group + (place.first + first + row) * from.row : nullptr;
-    });
+    copy_strip(to, first, p, place, from);
     cp_async_commit();
   }
 

@@ -52,12 +52,7 @@ struct AttentionFwdSm90 {
   // By one thread.
   __device__ __forceinline__ void produce() const {
     StageRing ring{p.at_sm90.stage_count};
-    for (int i = 0; i < p.keys.spans; ++i)
-      for (int tile = 0; tile < p.keys.tiles; ++tile, ring.advance()) {
-        mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
-        stages.load(p.k_map, p.v_map, p.keys, block, ring.stage, full + ring.stage, i * p.keys.columns,
-                    tile * p.keys.lines);
-      }
+    for (int i = 0; i < p.keys.spans; ++i) stages.load_span(p, block, i, ring, full, empty);
   }
 
   // By a warp, queries `first` and on; `stage`: its own.
@@ -87,8 +82,7 @@ struct AttentionFwdSm90 {
         WeightsA<T, BLOCKS> weights(score[0]);
         stages.v(ring.stage).start_weighted(mine.out[0], weights, 0);
         wgmma_wait<0>(flat(mine.out[0]));
-        __syncwarp();  // all lanes have read the stage
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(empty + ring.stage);
+        arrive_as_warp(empty + ring.stage);
       }
     }
     mine.store(p, block, 0, first, lines.largest, q);
@@ -126,15 +120,11 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   cp_async_wait<0>();
   __syncthreads();
 
-  const int warp = threadIdx.x / 32;
-  if (warp < kSm90Warps) {
-    setmaxnreg_inc<240>();
+  const auto consume = [&](int warp) {
     float* const stage = reinterpret_cast<float*>(shared + at.staged) + warp * 16 * p.keys.staged;
     work.consume(warp * 16, rows, q, lines, stage);
-  } else {
-    setmaxnreg_dec<24>();
-    if (threadIdx.x == 32 * kSm90Warps) work.produce();
-  }
+  };
+  share_work(consume, [&] { work.produce(); });
 }
 
 }  // namespace relpos

@@ -8,8 +8,7 @@
 //               +--------+--------+ .. +
 //
 //   grid     (groups * ceil(M / block_rows)). A warp has a strip per pass; the factors of the first are found while
-//   keys
-//            are on their way.
+//            keys are on their way.
 //   thread   as in attention_fwd.cuh.
 //   shared   q, coordinates and factors of a pass, each warp its own; k and v as they lie in memory, and zeros behind:
 //            slots past the end of a line are the first keys of the next, and do not count.
@@ -47,23 +46,11 @@ struct AttentionFwdWindow {
 
   // Starts copies of the strip.
   __device__ __forceinline__ void copy_queries(const BlockPlace& place) const {
-    const T* group = rows_of<T>(place, p.q);
-    const int strip = static_cast<int>(afresh(first));
-    copy_rows(Tile<T, D>{q().at(strip, 0)}, 16, p.shape.D, threadIdx.x % 32, 32, group, [&](int row) {
-      return strip + row < place.count ? group + (place.first + strip + row) * p.q.row : nullptr;
-    });
+    copy_strip(q(), static_cast<int>(afresh(first)), p, place, p.q);
     cp_async_commit();
   }
-  // Of all keys, or values, by all threads.
-  __device__ __forceinline__ void copy_all(const Tile<T, D>& to, const BlockPlace& place, const InRows& from) const {
-    const T* group = rows_of<T>(place, from);
-    const int tokens = static_cast<int>(p.shape.N());
-    copy_rows(to, p.at_window.key_rows, p.shape.D, threadIdx.x, blockDim.x, group,
-              [&](int row) { return row < tokens ? group + row * from.row : nullptr; });
-  }
 
-  // What the products of a step start from, and what is to be added to each block of them after. `left`: class
-  // tokens.
+  // What the products of a step start from, and what is to be added to each block of them after.
   __device__ __forceinline__ void start_lines(const Bias& bias, const LineFactors<T>& lines, int first_line,
                                               float (&score)[kBlocks][4], float (&line)[kBlocks][2]) const {
 #pragma unroll
@@ -140,8 +127,9 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
   }
   __syncthreads();
   work.copy_queries(passes[0]);
-  work.copy_all(work.k(), passes[0], p.k);
-  work.copy_all(work.v(), passes[0], p.v);
+  const int tokens = static_cast<int>(p.shape.N());
+  copy_tokens(work.k(), p.at_window.key_rows, p, passes[0], p.k, 0, tokens);
+  copy_tokens(work.v(), p.at_window.key_rows, p, passes[0], p.v, 0, tokens);
   cp_async_commit();
 #pragma unroll 1
   for (int i = 0; i < kFwdWindowPasses; ++i) {

@@ -4,6 +4,7 @@
 // operands and results are those of operands.cuh. start_.. only starts: until wgmma_wait, operands and results are not
 // touched.
 #pragma once
+#include "../../shared_attention.h"
 #include "operands.cuh"
 
 namespace relpos {
@@ -17,12 +18,30 @@ struct StageRing {
   }
 };
 
-// By one thread. full: what is on its way has arrived. empty: all warps that have something that stays are done with
-// it.
+// By one thread. full: what is on its way has arrived. empty: no warp that has something that stays needs it more.
 __device__ __forceinline__ void init_stages(uint64_t* full, uint64_t* empty, int count) {
   for (int s = 0; s < count; ++s) {
     mbarrier_init(full + s, 1);
     mbarrier_init(empty + s, kSm90Warps);
+  }
+}
+
+// What all lanes have done before is done when the phase ends.
+__device__ __forceinline__ void arrive_as_warp(uint64_t* bar) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) mbarrier_arrive(bar);
+}
+
+// consume(warp) by all warps that have something that stays, produce() by one thread, which needs few registers.
+template <typename Consume, typename Produce>
+__device__ __forceinline__ void share_work(Consume&& consume, Produce&& produce) {
+  const int warp = threadIdx.x / 32;
+  if (warp < kSm90Warps) {
+    setmaxnreg_inc<240>();
+    consume(warp);
+  } else {
+    setmaxnreg_dec<24>();
+    if (threadIdx.x == 32 * kSm90Warps) produce();
   }
 }
 
@@ -119,12 +138,18 @@ struct Sm90Stages {
       *reinterpret_cast<uint4*>(data + i / chunks * Rows::kSpan + (covered * kSm90Row / 8 + i % chunks) * 16) = uint4{};
   }
 
-  __device__ __forceinline__ void load(const TensorMap& k_map, const TensorMap& v_map, const KeyTiling& keys,
-                                       const BlockPlace& block, int stage, uint64_t* full, int column, int line) const {
-    mbarrier_expect_bytes(full, 2 * Rows::kSpans * keys.lines * keys.columns * kSm90Row * 2);
-    int at[5] = {0, column, line, block.head, block.batch};
-    k(stage).load(k_map, full, at);
-    v(stage).load(v_map, full, at);
+  // The tiles of span number i, one after another, each as soon as its stage is free.
+  template <typename Params>
+  __device__ __forceinline__ void load_span(const Params& p, const BlockPlace& block, int i, StageRing& ring,
+                                            uint64_t* full, uint64_t* empty) const {
+    for (int tile = 0; tile < p.keys.tiles; ++tile, ring.advance()) {
+      uint64_t* const here = full + ring.stage;
+      mbarrier_wait(empty + ring.stage, ring.parity ^ 1);
+      mbarrier_expect_bytes(here, 2 * Rows::kSpans * p.keys.lines * p.keys.columns * kSm90Row * 2);
+      int at[5] = {0, i * p.keys.columns, tile * p.keys.lines, block.head, block.batch};
+      k(ring.stage).load(p.k_map, here, at);
+      v(ring.stage).load(p.v_map, here, at);
+    }
   }
 };
 

@@ -69,6 +69,16 @@ __device__ __forceinline__ void copy_tokens(const Tile<T, D>& to, int rows, cons
             [&](int row) { return row < count ? group + (first + row) * from.row : nullptr; });
 }
 
+// The same by a warp, for its strip: queries `strip` .. of the block, into the rows of that number.
+template <typename T, int D>
+__device__ __forceinline__ void copy_strip(const Tile<T, D>& to, int strip, const AttentionParams& p,
+                                           const BlockPlace& block, const InRows& from) {
+  const T* group = rows_of<T>(block, from);
+  copy_rows(Tile<T, D>{to.at(strip, 0)}, 16, p.shape.D, threadIdx.x % 32, 32, group, [&](int row) {
+    return strip + row < block.count ? group + (block.first + strip + row) * from.row : nullptr;
+  });
+}
+
 // Stores a warp's `rows` rows of a tile, as far as tokens exist, to out(row) (null: there is none), 16 bytes at a time.
 template <typename T, int D, typename F>
 __device__ __forceinline__ void store_rows(const Tile<T, D>& from, int first, int rows, int width, F&& out) {
