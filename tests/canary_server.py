@@ -8,8 +8,9 @@
     8                                              bug 8 was not
 
 Tests are collected once; every bug gets a fork of that process, so that one may crash, hang or be ended by a sanitizer
-without harm to the next. The tests that noticed most bugs per second of theirs run first. Bug 0 is none, and must come
-first: it tells how long each test takes, and a test that then takes far longer hangs.
+without harm to the next. The tests that noticed most bugs per second of theirs run first. A test that notices its first
+bug runs again without any: should it fail then, too, that is answered for bug 0. A test that takes far longer than
+before hangs.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ import torch  # noqa: F401  # before the library, which needs its symbols
 
 import emulator
 
-HANGS = 10  # times as long as without a bug
-AT_LEAST = 5  # seconds
+HANGS = 10  # times as long as before
+AT_LEAST, AT_FIRST = 5, 90  # seconds
+NO_BUG = 0
 
 
 class RunForEveryBug:
@@ -35,39 +37,46 @@ class RunForEveryBug:
         self.answers = os.fdopen(os.dup(1), "w")
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        library = ctypes.CDLL(os.environ[emulator.INSTEAD])
-        bug_of_library = ctypes.c_int.in_dll(library, "relpos_planted_bug")
-        order = list(range(len(session.items)))
+        self.items = session.items
+        self.bug = ctypes.c_int.in_dll(ctypes.CDLL(os.environ[emulator.INSTEAD]), "relpos_planted_bug")
+        order = list(range(len(self.items)))
         noticed = [0] * len(order)
         # Shared with the forks: the seconds of each test, and behind them which one is under way.
-        shared = memoryview(mmap.mmap(-1, 8 * (len(order) + 1))).cast("d")
+        self.shared = memoryview(mmap.mmap(-1, 8 * (len(order) + 1))).cast("d")
         for line in sys.stdin:
             bug, *files = line.split()
-            child = os.fork()
-            if child == 0:
-                bug_of_library.value = int(bug)
-                asked = [number for number in order if session.items[number].path.name in files]
-                os._exit(self.first_failure(session, asked, shared))
-            _, status = os.waitpid(child, 0)
-            noticed_by = ""
-            if status:
-                number = int(shared[-1])
-                noticed[number] += 1
-                noticed_by = session.items[number].nodeid
-            order.sort(key=lambda test: shared[test] / (noticed[test] + 1))
-            print(bug, noticed_by, file=self.answers, flush=True)
+            failed = self.first_failure(int(bug), [n for n in order if self.items[n].path.name in files])
+            if failed is not None:
+                if not noticed[failed] and self.first_failure(NO_BUG, [failed]) is not None:
+                    self.answer(NO_BUG, failed)
+                noticed[failed] += 1
+            self.answer(int(bug), failed)
+            known = [seconds for seconds in self.shared[:-1] if seconds] or [1.0]
+            usual = sum(known) / len(known)
+            order.sort(key=lambda test: (self.shared[test] or usual) / (noticed[test] + 1))
         return True
 
-    def first_failure(self, session: pytest.Session, order: list[int], shared: memoryview) -> int:
-        for number in order:
-            shared[-1] = number
-            if shared[number]:
-                signal.alarm(AT_LEAST + int(HANGS * shared[number]))
-            start, item = time.monotonic(), session.items[number]
+    def answer(self, bug: int, test: int | None) -> None:
+        print(bug, "" if test is None else self.items[test].nodeid, file=self.answers, flush=True)
+
+    def first_failure(self, bug: int, tests: list[int]) -> int | None:
+        """Of these tests in this order, in a fork."""
+        child = os.fork()
+        if child == 0:
+            self.bug.value = bug
+            os._exit(self.run(tests))
+        _, status = os.waitpid(child, 0)
+        return int(self.shared[-1]) if status else None
+
+    def run(self, tests: list[int]) -> int:
+        for test in tests:
+            self.shared[-1] = test
+            signal.alarm(AT_LEAST + int(HANGS * self.shared[test]) if self.shared[test] else AT_FIRST)
+            start, item = time.monotonic(), self.items[test]
             item.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
-            if session.testsfailed:
+            if item.session.testsfailed:
                 return 1
-            shared[number] = time.monotonic() - start
+            self.shared[test] = time.monotonic() - start
         return 0
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 
+import canary_server
 import emulator
 import planting
 from checks import EVERYTHING
@@ -49,7 +50,7 @@ SANITIZED = SOON | {
     "(torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) "
     "or torch.float32 and (5x13_mma or two_class))",
     "test_attention_window.py": "emulated and torch.bfloat16 and "
-    "(test_windows and (interpol or finer or video) or test_forward and (line_of_8 or class_token))",
+    "(test_windows and (interpol or finer or video) or test_forward and (line_of_8 or class_token or many_queries))",
     "test_attention_sm90.py": "emulated and test_values and torch.bfloat16 and "
     "(round_the or two_spans- or two_blocks or no_box or class_tokens)",
 }
@@ -70,9 +71,8 @@ LATER = {
     "test_attention_window.py": f"emulated and (extremes or packed or bits or {WINDOWS} or 13x13)",
     "test_attention_sm90.py": f"emulated and (extremes or layouts or bits or other or {OF_SM90})",
 }
-ONE_IN = 1 if EVERYTHING else 20  # of every file; barriers, always
+ONE_IN = {"barriers": 1 if EVERYTHING else 4, "others": 1 if EVERYTHING else 20}  # of every file
 LATE = re.compile("cp_async|wgmma")
-ALL_IS_WELL = 0  # the number of no bug: the copy is as good as the original
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(toolchain.missing()), reason=str(toolchain.missing()))]
 
@@ -167,17 +167,17 @@ def is_harmless(bug: planting.Bug) -> bool:
 
 
 def asked_about(bugs: dict[int, planting.Bug]) -> Iterator[tuple[int, planting.Bug]]:
-    """All that is left out; of the others of every file the first, and then each ONE_IN-th."""
-    met: Counter[str] = Counter()
+    """Of every file the first of a kind, and then each ONE_IN-th."""
+    met: Counter[tuple[str, str]] = Counter()
     for number, bug in bugs.items():
-        is_other = bug.slip != planting.LEFT_OUT
-        if not is_other or met[bug.file] % ONE_IN == 0:
+        kind = "barriers" if bug.slip == planting.LEFT_OUT else "others"
+        if met[bug.file, kind] % ONE_IN[kind] == 0:
             yield number, bug
-        met[bug.file] += is_other
+        met[bug.file, kind] += 1
 
 
 def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs: Iterable[int]) -> dict[int, str]:
-    """The test that noticed each bug, or nothing; servers share them, and each begins with all tests and no bug."""
+    """The test that noticed each bug, or nothing; servers share them."""
     environment = os.environ | sanitizer.environment
     environment |= {emulator.INSTEAD: str(library), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(planting.ROOT)}
     expression = " or ".join(f"({file} and {of_file})" for file, of_file in tests.items())
@@ -188,8 +188,6 @@ def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs:
 
     def files_of(bug: int) -> list[str]:
         """What both ops share is tested enough by the first file of each."""
-        if bug == ALL_IS_WELL:
-            return sorted({file for other in bugs for file in files_of(other)})
         where = planted[bug - 1].file
         ops, of_sm90 = planting.ops_of(where), "sm90" in where
         if len(ops) > 1:
@@ -202,11 +200,12 @@ def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs:
         return subprocess.run(command, input=asked, cwd=folder, env=environment, capture_output=True, text=True).stdout
 
     with ThreadPoolExecutor(servers) as pool:
-        lines = "".join(pool.map(ask, ([ALL_IS_WELL, *bugs[i::servers]] for i in range(servers)))).splitlines()
+        lines = "".join(pool.map(ask, (bugs[i::servers] for i in range(servers)))).splitlines()
     answers = [(int(number), test) for number, _, test in (line.partition(" ") for line in lines)]
-    assert sorted(bug for bug, _ in answers) == sorted([ALL_IS_WELL] * servers + bugs), "a server did not answer"
-    assert not any(test for bug, test in answers if bug == ALL_IS_WELL), "the copy fails without a bug"
-    return {bug: test for bug, test in answers if bug != ALL_IS_WELL}
+    fail = [test for bug, test in answers if bug == canary_server.NO_BUG]
+    assert not fail, "without a bug, too"
+    assert sorted(bug for bug, _ in answers) == sorted(bugs), "a server did not answer"
+    return dict(answers)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +265,7 @@ def test_what_is_called_harmless_can_be_planted():
 
 def test_every_barrier_is_planted():
     """Counted by other means than planting.py finds them."""
-    call = re.compile(r"__sync|cp_async_|\b(?:mbarrier|fence)_|wgmma_[fcw]")
+    call = re.compile(r"__sync|cp_async_|\b(?:named_barrier|mbarrier|fence)_|arrive_as_warp\((?!uint)|wgmma_[fcw]")
     barriers = 0
     for path in planting.ROOT.joinpath(planting.KERNELS).rglob("*.cuh"):
         if path.name not in planting.NOT_EMULATED:
