@@ -121,7 +121,7 @@ step_bench() {
 
 step_wgmma() { # by itself: an instruction that a GPU refuses ends all that its process has there
   try "$PYTHON" -m pytest -p no:cacheprovider -v -rfE -k "not emulated" tests/test_attention_sm90.py
-  local bench=(--device cuda --parts ops --ops attention --no-compile --passes forward)
+  local bench=(--device cuda --parts ops --ops attention --no-compile --passes forward 'forward + backward')
   RELPOS_CUDA_WGMMA=1 try "$PYTHON" -m relpos_cuda bench "${bench[@]}" --out "$OUT/wgmma" \
     --cases sam_h_global sam_b_global sam_h_windows sam_b_windows mvitv2_stage1 deepseek_ocr_768
 }

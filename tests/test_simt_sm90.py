@@ -58,6 +58,14 @@ def test_the_emulator_computes_what_the_manual_says(shim: Selftest, name: str):
     assert torch.equal(answer.got, answer.want)
 
 
+@pytest.mark.parametrize(("dtype", "first"), [(torch.int16, -1), (torch.int16, 12), (torch.int32, 2)])
+def test_tma_begins_at_whole_vectors(shim: Selftest, dtype: torch.dtype, first: int):
+    """A GPU calls anything else an illegal instruction."""
+    x = torch.zeros(8, 64, dtype=dtype)
+    complaint = tma(shim, x, (16, 4), (first, 0), Swizzle.NONE).complaint
+    assert f"tma_load: element {first} of axis 0 is not 16-byte aligned" in (complaint or "")
+
+
 def test_tma_skips_what_lies_between_rows(shim: Selftest):
     x = torch.arange(6 * 40, dtype=torch.int16).view(6, 40)[::2, :16]
     assert tma(shim, x, (16, 4), (0, 1), Swizzle.B32).right

@@ -153,8 +153,8 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
       cp_async_wait<0>();
       __syncthreads();
     }
-    // The next strip may overwrite this one: all is read before the results are put together, and where those lie in the
-    // tile of q, the thread that copies there has stored them.
+    // The next strip may overwrite this one: all is read before the results are put together, and where those lie in
+    // the tile of q, the thread that copies there has stored them.
     if (work.first < place.count) work.attend(place, bias);
   }
 }

@@ -196,6 +196,8 @@ template <int RANK>
 void tma_load(void* dst, const TensorMap& map, uint64_t* bar, const int (&at)[RANK],
               simt::Site site = simt::Site::current()) {
   if (map.rank != RANK) simt::fail(site, "tma_load: %d coordinates of %d axes", RANK, map.rank);
+  if (at[0] * map.element_bytes % 16 != 0)  // to a GPU, an illegal instruction
+    simt::fail(site, "tma_load: element %d of axis 0 is not 16-byte aligned", at[0]);
   simt::check_mbarrier(bar, site);
   simt::check_shared(dst, map.box_bytes(), std::max(128, repeat_of(map.swizzle)), "tma_load", site);
   struct {
