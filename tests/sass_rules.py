@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from sass import Kernel
+from machine_code import Kernel
 
 UNROLL = 4  # vectors that a thread has in flight
 ATOMICS = ("RED", "REDG", "REDAS", "ATOM", "ATOMG", "ATOMS", "UBLKRED", "UTMAREDG", "SUATOM", "SURED")

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 import sass
+from machine_code import Kernel, name_of
 from problems import MODELS
 from relpos_cuda import _build, _loader
-from sass import Kernel, Usage
+from sass import Usage
 from sass_rules import RULES
 from test_install import assert_it_loads
 
@@ -109,7 +110,7 @@ def test_registers_spills_and_warnings(built: Built):
     assert built.complaints == []
     for u in built.usage:
         assert u.local_bytes == 0, f"{u.mangled} on sm_{u.arch}: {u.memory}"
-        if not sass.name_of(u.mangled).startswith("attention"):
+        if not name_of(u.mangled).startswith("attention"):
             assert u.registers <= 128, f"{u.mangled} on sm_{u.arch}: {u.registers} registers"
             assert sass.blocks_per_sm(u.arch, THREADS, u.registers) >= 2
 
@@ -128,7 +129,7 @@ def planner():
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_two_blocks_of_every_model_share_an_sm(built: Built, planner, arch: str, direction: str):
     """By the shared memory of the plan and the registers of the kernel it names."""
-    registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
+    registers = {name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     for problem in MODELS:
         for logits, q in PAIRS:
             sizes = (problem.batch * problem.heads, problem.q_size, problem.k_size, problem.head_dim, problem.prefix)
@@ -146,7 +147,7 @@ def test_two_blocks_of_every_model_share_an_sm(built: Built, planner, arch: str,
 @pytest.mark.parametrize("kernel", ["forward", "backward_queries", "backward_keys"])
 def test_eight_warps_of_attention_fill_an_sm(built: Built, planner, arch: str, kernel: str):
     """Each takes nearly all registers a thread may have."""
-    registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
+    registers = {name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     for head_dim in (64, 80, 96):
         p = planner.plan_attention(kernel, "float16", 16, (64, 64), (64, 64), head_dim, 0, int(arch.rstrip("a")), 0.1)
         variant = "" if kernel == "backward_keys" else " 8 line"
@@ -160,7 +161,7 @@ def test_eight_warps_of_attention_fill_an_sm(built: Built, planner, arch: str, k
 @pytest.mark.parametrize("head_dim,arch", [(64, "90a"), (80, "90a")])
 def test_an_sm_has_room_for_two_windows_forward(built: Built, planner, head_dim: int, arch: str):
     """sm_80 has room for one, which then has all queries in one pass."""
-    registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
+    registers = {name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     window = (14, 14)
     p = planner.plan_attention("forward_window", "float16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
     assert (p.refusal, p.threads, p.grid) == ("", 7 * 32, 1)
@@ -175,7 +176,7 @@ def test_an_sm_has_room_for_two_windows_forward(built: Built, planner, head_dim:
 @pytest.mark.parametrize("head_dim,arch", [(64, "80"), (64, "90a"), (80, "90a")])
 def test_an_sm_has_room_for_a_window(built: Built, planner, head_dim: int, arch: str):
     """D 80 takes more shared memory than sm_80 has: two kernels, there."""
-    registers = {sass.name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
+    registers = {name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     window = (14, 14)
     p = planner.plan_attention("backward_window", "float16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
     assert (p.refusal, p.threads) == ("", 7 * 32)

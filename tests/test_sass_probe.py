@@ -12,8 +12,8 @@ import torch
 
 import sass
 from benchmarks import gpu_probe, probe_formulas
+from machine_code import Kernel, parse
 from relpos_cuda import _toolchain
-from sass import Kernel
 from simt import cases_sm90
 from simt.selftest_sm90 import Selftest
 from test_install import no_nvcc
@@ -138,7 +138,7 @@ CODE = """
 )
 def test_planted_faults_are_found(line: str, planted: str):
     def found(text: str) -> list[str]:
-        (kernel,) = sass.parse(text)
+        (kernel,) = parse(text)
         return faults(kernel, HOPPER)
 
     assert found(CODE) == []

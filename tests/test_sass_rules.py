@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import sass
-from sass import Kernel
+from machine_code import Kernel, name_of, parse
 from sass_rules import RULES
 
 THREADS = 256
@@ -32,7 +32,7 @@ STREAM = """
 
 
 def one(text: str) -> Kernel:
-    (kernel,) = sass.parse(text)
+    (kernel,) = parse(text)
     return kernel
 
 
@@ -127,7 +127,7 @@ ptxas info    : Used 129 registers, used 1 barriers, 600 bytes cmem[0]
 """
     (usage,) = sass.usage_of(log)
     assert (usage.arch, usage.registers, usage.local_bytes) == ("90a", 129, 16)
-    assert sass.name_of(usage.mangled) == "table_sum"
+    assert name_of(usage.mangled) == "table_sum"
     assert len(sass.complaints(log)) == 1
 
 
