@@ -28,10 +28,9 @@ from relpos_cuda import _build, _libraries, _toolchain
 from test_install import no_nvcc
 
 ARCHS = ("80", "90a")
-# Of the attention. bfloat16 differs from float16 in two opcodes.
-HEAD_DIMS = {"float32": (64,), "float16": (64, 80, 96), "bfloat16": (64,)}
+HEAD_DIMS = {"float32": (64,), "bfloat16": (64, 80, 96)}  # of the attention; float16 differs in two opcodes
 if EVERYTHING:
-    HEAD_DIMS = dict.fromkeys(HEAD_DIMS, (64, 80, 96, 112, 128))
+    HEAD_DIMS = dict.fromkeys(("float32", "bfloat16", "float16"), (64, 80, 96, 112, 128))
 VARIANTS = {"float": "float32", "half": "float16", "nv_bfloat16": "bfloat16"}  # of compile units
 SHARED_PER_SM = {"80": 164, "86": 100, "89": 100, "90a": 228, "100": 228, "120": 100}  # KiB, CUDA programming guide
 REGISTERS_PER_SM, REGISTERS_AT_ONCE = 65536, 256  # the latter: what a warp's share is rounded up to
@@ -93,15 +92,19 @@ def missing() -> str:
 def library() -> Path:
     """The CUDA library for ARCHS, from the cache if it is there; what HEAD_DIMS lack saves minutes."""
 
-    def with_head_dims(unit: _libraries.Unit) -> _libraries.Unit:
-        dtypes = [VARIANTS[unit.variant]] if unit.variant else HEAD_DIMS
-        most = max(HEAD_DIMS[dtype][-1] for dtype in dtypes)
-        return dataclasses.replace(unit, flags=(*unit.flags, f"-DRELPOS_MOST_HEAD_DIM={most}"))
+    def dtypes_of(unit: _libraries.Unit) -> list[str]:
+        return [VARIANTS[unit.variant]] if unit.variant else [*HEAD_DIMS]
+
+    def with_fewer_kernels(unit: _libraries.Unit) -> _libraries.Unit:
+        flags = [f"-DRELPOS_MOST_HEAD_DIM={max(HEAD_DIMS[dtype][-1] for dtype in dtypes_of(unit))}"]
+        flags += [] if "float16" in HEAD_DIMS else ["-DRELPOS_WITHOUT_FLOAT16"]
+        return dataclasses.replace(unit, flags=(*unit.flags, *flags))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
         library = _libraries.library("cuda")
-        return _build.build_library(dataclasses.replace(library, units=tuple(map(with_head_dims, library.units))))
+        units = tuple(with_fewer_kernels(unit) for unit in library.units if set(dtypes_of(unit)) <= set(HEAD_DIMS))
+        return _build.build_library(dataclasses.replace(library, units=units))
 
 
 def forward_source(arch: str) -> str:

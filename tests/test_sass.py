@@ -23,7 +23,7 @@ from test_install import assert_it_loads
 needs_tools = pytest.mark.skipif(bool(sass.missing()), reason=sass.missing() or "all there")
 each_arch = pytest.mark.parametrize("arch", sass.ARCHS)
 
-HALF = ("float16", "bfloat16")
+HALF = [t for t in sass.HEAD_DIMS if t != "float32"]
 PAIRS = [("float32", "float32"), *((t, t) for t in HALF), *(("float32", t) for t in HALF)]  # logits, q
 KERNELS = {
     "table_sum",
@@ -149,9 +149,9 @@ def test_eight_warps_of_attention_fill_an_sm(built: Built, planner, arch: str, k
     """Each takes nearly all registers a thread may have."""
     registers = {name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     for head_dim in (64, 80, 96):
-        p = planner.plan_attention(kernel, "float16", 16, (64, 64), (64, 64), head_dim, 0, int(arch.rstrip("a")), 0.1)
+        p = planner.plan_attention(kernel, "bfloat16", 16, (64, 64), (64, 64), head_dim, 0, int(arch.rstrip("a")), 0.1)
         variant = "" if kernel == "backward_keys" else " 8 line"
-        name = f"attention_{kernel.replace('forward', 'fwd').replace('backward', 'bwd')} float16 {head_dim}{variant}"
+        name = f"attention_{kernel.replace('forward', 'fwd').replace('backward', 'bwd')} bfloat16 {head_dim}{variant}"
         blocks = sass.blocks_per_sm(arch, p.threads, registers[name], p.shared_bytes)
         assert blocks * p.threads >= 8 * 32, f"{blocks} blocks of {name}, {p.shared_bytes} bytes"
 
@@ -163,10 +163,10 @@ def test_an_sm_has_room_for_two_windows_forward(built: Built, planner, head_dim:
     """sm_80 has room for one, which then has all queries in one pass."""
     registers = {name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     window = (14, 14)
-    p = planner.plan_attention("forward_window", "float16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
+    p = planner.plan_attention("forward_window", "bfloat16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
     assert (p.refusal, p.threads, p.grid) == ("", 7 * 32, 1)
     assert (
-        sass.blocks_per_sm(arch, p.threads, registers[f"attention_fwd_window float16 {head_dim} 2"], p.shared_bytes)
+        sass.blocks_per_sm(arch, p.threads, registers[f"attention_fwd_window bfloat16 {head_dim} 2"], p.shared_bytes)
         >= 2
     )
 
@@ -178,9 +178,11 @@ def test_an_sm_has_room_for_a_window(built: Built, planner, head_dim: int, arch:
     """D 80 takes more shared memory than sm_80 has: two kernels, there."""
     registers = {name_of(u.mangled): u.registers for u in built.usage if u.arch == arch}
     window = (14, 14)
-    p = planner.plan_attention("backward_window", "float16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
+    p = planner.plan_attention(
+        "backward_window", "bfloat16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1
+    )
     assert (p.refusal, p.threads) == ("", 7 * 32)
-    name = f"attention_bwd_window float16 {head_dim}"
+    name = f"attention_bwd_window bfloat16 {head_dim}"
     assert sass.blocks_per_sm(arch, p.threads, registers[name], p.shared_bytes) >= 1
 
 
