@@ -29,14 +29,19 @@ KERNELS = {  # where a window has kernels of its own, these run
 
 
 def info() -> int:
+    useless = [] if torch.cuda.is_available() else ["cuda"]  # and takes minutes to compile
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report says it, below
         for kind in _libraries.KINDS:
-            with contextlib.suppress(_build.BuildError):
-                _loader.load(kind)
+            if kind not in useless:
+                with contextlib.suppress(_build.BuildError):
+                    _loader.load(kind)
     _print_section("versions", versions())
     _print_section("compilers", compilers())
-    libraries = [(kind, str(status)) for kind, status in _loader.status().items()]
+    libraries = [
+        (kind, "not loaded: no GPU is visible" if kind in useless else str(status))
+        for kind, status in _loader.status().items()
+    ]
     _print_section("libraries", [*libraries, ("cache", str(_env.CACHE_DIR()))])
     set_now = [(v.name, os.environ[v.name]) for v in _env.ALL if v.is_set()]
     _print_section("environment", set_now or [("nothing set", "-")])

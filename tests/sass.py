@@ -25,9 +25,10 @@ if __name__ == "__main__":
 from checks import EVERYTHING
 from machine_code import Kernel, parse
 from relpos_cuda import _build, _libraries, _toolchain
-from test_install import no_nvcc
+from relpos_cuda._build import BuildError
 
 ARCHS = ("80", "90a")
+OTHER_ARCHS = ("86", "89", "100", "120") if EVERYTHING else ("120",)
 HEAD_DIMS = {"float32": (64,), "bfloat16": (64, 80, 96)}  # of the attention; float16 differs in two opcodes
 if EVERYTHING:
     HEAD_DIMS = dict.fromkeys(("float32", "bfloat16", "float16"), (64, 80, 96, 112, 128))
@@ -72,6 +73,15 @@ def blocks_per_sm(arch: str, threads: int, registers: int, shared_bytes: int = 0
 # ---- library and tools
 
 
+def no_nvcc() -> str:
+    """Why the kernels cannot be compiled for every architecture, or nothing."""
+    try:
+        nvcc = _toolchain.nvcc()
+    except BuildError as error:
+        return str(error)
+    return "" if nvcc.version >= (12, 8) else f"{nvcc} does not know all of these architectures"
+
+
 def tool(name: str) -> Path | None:
     """On the PATH, beside nvcc, or in a package of the Python environment."""
     if found := shutil.which(name):
@@ -89,21 +99,21 @@ def missing() -> str:
     return no_nvcc() or (f"no {' and no '.join(lacking)}" if lacking else "")
 
 
-def library() -> Path:
-    """The CUDA library for ARCHS, from the cache if it is there; what HEAD_DIMS lack saves minutes."""
+def library(archs: tuple[str, ...] = ARCHS, head_dims: dict[str, tuple[int, ...]] = HEAD_DIMS) -> Path:
+    """The CUDA library, from the cache if it is there; what `head_dims` lack saves minutes."""
 
     def dtypes_of(unit: _libraries.Unit) -> list[str]:
-        return [VARIANTS[unit.variant]] if unit.variant else [*HEAD_DIMS]
+        return [VARIANTS[unit.variant]] if unit.variant else [*head_dims]
 
     def with_fewer_kernels(unit: _libraries.Unit) -> _libraries.Unit:
-        flags = [f"-DRELPOS_MOST_HEAD_DIM={max(HEAD_DIMS[dtype][-1] for dtype in dtypes_of(unit))}"]
-        flags += [] if "float16" in HEAD_DIMS else ["-DRELPOS_WITHOUT_FLOAT16"]
+        flags = [f"-DRELPOS_MOST_HEAD_DIM={max(head_dims[dtype][-1] for dtype in dtypes_of(unit))}"]
+        flags += [] if "float16" in head_dims else ["-DRELPOS_WITHOUT_FLOAT16"]
         return dataclasses.replace(unit, flags=(*unit.flags, *flags))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(ARCHS))
+        patch.setenv("TORCH_CUDA_ARCH_LIST", ";".join(archs))
         library = _libraries.library("cuda")
-        units = tuple(with_fewer_kernels(unit) for unit in library.units if set(dtypes_of(unit)) <= set(HEAD_DIMS))
+        units = tuple(with_fewer_kernels(unit) for unit in library.units if set(dtypes_of(unit)) <= set(head_dims))
         return _build.build_library(dataclasses.replace(library, units=units))
 
 

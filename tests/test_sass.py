@@ -5,6 +5,8 @@ Needs nvcc, cuobjdump and nvdisasm, and no GPU.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +20,6 @@ from problems import MODELS
 from relpos_cuda import _build, _loader
 from sass import Usage
 from sass_rules import RULES
-from test_install import assert_it_loads
 
 needs_tools = pytest.mark.skipif(bool(sass.missing()), reason=sass.missing() or "all there")
 each_arch = pytest.mark.parametrize("arch", sass.ARCHS)
@@ -96,11 +97,37 @@ def test_every_kernel_is_there(built: Built, arch: str):
     assert min(len(k.code) for k in built.kernels[arch]) > 100, "the parser met a format it does not know"
 
 
+def assert_it_loads(library: Path, archs: tuple[str, ...]) -> None:
+    """Without a GPU, beside any PyTorch, and with every op."""
+    assert _build.archs_of(library) == archs
+    code = f"""
+import torch, relpos_cuda
+torch.ops.load_library({str(library)!r})
+for op in relpos_cuda._ops.SCHEMAS:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("relpos_cuda::" + op, "CUDA"), op
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @needs_tools
 @pytest.mark.slow
 def test_the_library_loads(built: Built):
-    assert _build.archs_of(built.library) == sass.ARCHS
-    assert_it_loads(built.library)
+    assert_it_loads(built.library, sass.ARCHS)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(bool(sass.no_nvcc()), reason=sass.no_nvcc())
+def test_other_architectures():
+    """With one head dimension of the attention."""
+    library = sass.library(sass.OTHER_ARCHS, dict.fromkeys(sass.HEAD_DIMS, (64,)))
+    assert_it_loads(library, sass.OTHER_ARCHS)
+    log = (library.parent / "ptxas.log").read_text()
+    usage = sass.usage_of(log)
+    assert len(usage) == log.count("Compiling entry function") > 0
+    assert {u.arch for u in usage} == set(sass.OTHER_ARCHS)
+    assert [f"{u.mangled} on sm_{u.arch}: {u.memory}" for u in usage if u.local_bytes] == []
+    assert sass.complaints(log) == []
 
 
 @needs_tools

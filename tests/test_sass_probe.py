@@ -16,7 +16,6 @@ from machine_code import Kernel, parse
 from relpos_cuda import _toolchain
 from simt import cases_sm90
 from simt.selftest_sm90 import Selftest
-from test_install import no_nvcc
 
 needs_tools = pytest.mark.skipif(bool(sass.missing()), reason=sass.missing() or "all there")
 
@@ -81,7 +80,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
+@pytest.mark.skipif(bool(sass.no_nvcc()), reason=sass.no_nvcc())
 def test_the_probe_compiles_for_gpus(built: Built):
     assert {b"sm_80", b"sm_90a"} <= set(re.findall(rb"sm_\d+a?", built.library.read_bytes()))
     if _toolchain.visible_capabilities():
@@ -93,7 +92,7 @@ def test_the_probe_compiles_for_gpus(built: Built):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(bool(no_nvcc()), reason=no_nvcc())
+@pytest.mark.skipif(bool(sass.no_nvcc()), reason=sass.no_nvcc())
 def test_nothing_spills_and_no_wgmma_waits_for_another(built: Built):
     usage = sass.usage_of(built.log)
     assert len(usage) == 2 * (len(probe_formulas.PROBES) + 9 + 4 * 2 * len(cases_sm90.WIDTHS))

@@ -91,8 +91,8 @@ std::optional<AttentionPlan> plan_if_taken(AttentionKernel kernel, AttentionPara
 // The same of a kernel for sm_90, if it is asked for, as no GPU has run it yet; `passing` is what TMA is to read.
 std::optional<AttentionPlan> plan_sm90(AttentionKernel kernel, AttentionParams& p, const OnDevice& device,
                                        const Tensor& q, int64_t tokens, std::initializer_list<InRows> passing) {
-  const char* wanted = std::getenv("RELPOS_CUDA_WGMMA");
-  if (!kWithSm90 || !wanted || std::strcmp(wanted, "1") != 0) return {};
+  const char* wanted = kWithSm90 ? std::getenv("RELPOS_CUDA_WGMMA") : nullptr;
+  if (!wanted || std::strcmp(wanted, "1") != 0) return {};
   for (const InRows& rows : passing)
     if (!has_strides(rows, p.shape, tokens)) return {};
   return plan_if_taken(kernel, p, device, q);
