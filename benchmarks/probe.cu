@@ -53,28 +53,6 @@ struct Mma {
   }
 };
 
-struct MmaTf32 {
-  static constexpr int kIn = 10, kOut = 4;
-
-  static __device__ void run(const uint32_t* in, uint32_t* out) {
-    const uint32_t a[4] = {in[0], in[1], in[2], in[3]}, b[2] = {in[4], in[5]};
-    float d[4];
-    memcpy(d, in + 6, sizeof d);
-    relpos::mma_m16n8k8_tf32(d, a, b);
-    memcpy(out, d, sizeof d);
-  }
-};
-
-struct ToTf32 {
-  static constexpr int kIn = 1, kOut = 1;
-
-  static __device__ void run(const uint32_t* in, uint32_t* out) {
-    float x;
-    memcpy(&x, in, sizeof x);
-    *out = relpos::to_tf32(x);
-  }
-};
-
 struct Exp2 {
   static constexpr int kIn = 1, kOut = 1;
 
@@ -129,8 +107,6 @@ const Entry kProbes[] = {
     entry<Ldmatrix<Load::kX2Trans>>("ldmatrix_x2_trans"),
     entry<Mma<__half>>("mma_m16n8k16 float16"),
     entry<Mma<__nv_bfloat16>>("mma_m16n8k16 bfloat16"),
-    entry<MmaTf32>("mma_m16n8k8_tf32"),
-    entry<ToTf32>("to_tf32"),
     entry<Exp2>("exp2_approx"),
     entry<LoadStream>("load_stream"),
     entry<CpAsync>("cp_async_16"),

@@ -36,8 +36,6 @@ ALL_ARCHS: dict[str, Callable[[re.Match], tuple[str, ...]]] = {
     r"8LdmatrixILNS_4LoadE(\d)E": lambda m: (rf"LDSM\.16\.{LOADS[int(m[1])]} ",),
     r"3MmaI6__half": lambda m: (r"HMMA\.16816\.F32 ",),
     r"3MmaI13__nv_bfloat16": lambda m: (r"HMMA\.16816\.F32\.BF16 ",),
-    r"7MmaTf32": lambda m: (r"HMMA\.1688\.F32\.TF32 ",),
-    r"6ToTf32": lambda m: (r"LOP3\.LUT .* 0xffffe000,",),  # no instruction of its own
     r"4Exp2": lambda m: (r"MUFU\.EX2 ",),
     r"10LoadStream": lambda m: (r"LDG\.E\.NA\.128 ",),
     r"7CpAsync": lambda m: (r"LDGSTS\.E\.BYPASS\.128 ", "LDGDEPBAR", r"DEPBAR\.LE SB0, 0x0"),

@@ -106,13 +106,3 @@ def test_mma_takes_numbers_of_every_kind(shim: Shim, dtype: torch.dtype):
     a[:10, 0], b[0] = torch.tensor(some, dtype=torch.float64).to(dtype), 1
     got = shim(f"matmul {str(dtype).removeprefix('torch.')}", torch.cat([a.flatten(), b.flatten()]), torch.zeros(16, 8))
     torch.testing.assert_close(got, a[:, :1].float().expand(16, 8), rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("fault", ["", "ignored bits"])
-def test_mma_of_tf32_is_a_matrix_product(shim: Shim, fault: str):
-    torch.manual_seed(0)
-    a, b = ((torch.randn(*shape) * 2**8).round() / 2**8 for shape in ((16, 8), (8, 8)))  # tf32 has all their bits
-    shim.monkeypatch.setenv("SIMT_MMA", "exact")
-    got = shim("matmul tf32", torch.cat([a.flatten(), b.flatten()]), torch.zeros(16, 8), fault=fault)
-    assert torch.equal(got, (a.double() @ b.double()).float())
-    assert shim.count("mma") == 1

@@ -129,24 +129,9 @@ __global__ void matmul_kernel(Params p) {
   for (int i = 0; i < 4; ++i) *of_d(i) = d[i];
 }
 
-// d = a b for a [16, 8], b [8, 8] in float32, rounded to tf32.
-__global__ void matmul_tf32_kernel(Params p) {
-  const float *const a = static_cast<const float*>(p.in), *const b = a + 16 * 8;
-  const int g = thread() / 4, t = thread() % 4;
-  uint32_t ra[4], rb[2];
-  for (int i = 0; i < 4; ++i) ra[i] = relpos::to_tf32(a[(g + i % 2 * 8) * 8 + t + i / 2 * 4]);
-  for (int i = 0; i < 2; ++i) rb[i] = relpos::to_tf32(b[(t + 4 * i) * 8 + g]);
-  if (p.fault == "ignored bits") ra[0] |= 0x1fff, rb[1] |= 0x1fff;
-  float d[4] = {};
-  relpos::mma_m16n8k8_tf32(d, ra, rb);
-  for (int i = 0; i < 4; ++i) static_cast<float*>(p.out)[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = d[i];
-}
-
-// out[t] = in[t] as tf32, and behind them 2^in[t].
-__global__ void functions_kernel(Params p) {
-  const float x = static_cast<const float*>(p.in)[thread()];
-  static_cast<uint32_t*>(p.out)[thread()] = relpos::to_tf32(x);
-  static_cast<float*>(p.out)[blockDim.x + thread()] = relpos::exp2_approx(x);
+// out[t] = 2^in[t]
+__global__ void exp2_kernel(Params p) {
+  static_cast<float*>(p.out)[thread()] = relpos::exp2_approx(static_cast<const float*>(p.in)[thread()]);
 }
 
 // out[lane, register] as ldmatrix delivers n matrices of 8 rows, 16 bytes each, lying in a row.
@@ -224,8 +209,7 @@ const std::map<std::string_view, Config> kKernels{
     {"warp", {warp_kernel, 1, 64, 0}},
     {"matmul float16", {matmul_kernel<__half>, 1, 32, 24 * 32}},
     {"matmul bfloat16", {matmul_kernel<__nv_bfloat16>, 1, 32, 24 * 32}},
-    {"matmul tf32", {matmul_tf32_kernel, 1, 32, 0}},
-    {"functions", {functions_kernel, 1, 8, 0}},
+    {"exp2", {exp2_kernel, 1, 8, 0}},
     {"ldmatrix", {ldmatrix_kernel, 1, 32, 512}},
     {"copy", {copy_kernel, 1, 64, 2048}},
     {"coordinates", {coordinates_kernel, dim3(2, 3, 2), dim3(4, 3, 2), 0}},

@@ -15,11 +15,9 @@ struct Fragments {
 };
 void multiply_float16(Slots& warp);
 void multiply_bfloat16(Slots& warp);
-void multiply_tf32(Slots& warp);
 
 inline constexpr Op kMmaFloat16{"mma", &Stats::mma, true, false, multiply_float16};
 inline constexpr Op kMmaBfloat16{"mma", &Stats::mma, true, false, multiply_bfloat16};
-inline constexpr Op kMmaTf32{"mma", &Stats::mma, true, false, multiply_tf32};
 inline constexpr Op kLdmatrix{"ldmatrix", &Stats::ldmatrix, true};
 
 // 16 bytes on their way to shared memory.
@@ -40,8 +38,6 @@ inline void multiply(const Op& op, float (&d)[4], const uint32_t (&a)[4], const 
   const Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
   std::memcpy(d, gather(op, ~0u, mine, site).at<Fragments>(lane()).d, sizeof d);
 }
-
-inline constexpr uint32_t kTf32Bits = 0xffffe000;  // those that count
 
 inline void arrive(const Copy& copy) {
   *static_cast<uint4*>(copy.dst) = copy.src ? *static_cast<const uint4*>(copy.src) : uint4{};
@@ -79,15 +75,6 @@ template <typename T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                   simt::Site site = simt::Site::current()) {
   simt::multiply(std::is_same_v<T, __half> ? simt::kMmaFloat16 : simt::kMmaBfloat16, d, a, b, site);
-}
-inline void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                             simt::Site site = simt::Site::current()) {
-  simt::multiply(simt::kMmaTf32, d, a, b, site);
-}
-
-inline uint32_t to_tf32(float x) {
-  const uint32_t bits = __builtin_bit_cast(uint32_t, x);
-  return (std::isfinite(x) ? bits + 0x1000 : bits) & simt::kTf32Bits;  // a carry goes on into the exponent
 }
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);

@@ -57,23 +57,6 @@ __device__ __forceinline__ void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// d[16 x 8] += a[16 x 8] * b[8 x 8] of tf32: a word is a float32 whose lowest 13 bits are ignored. Lane l holds of a
-// words l % 4 and l % 4 + 4 of rows l / 4 and l / 4 + 8, first down, then right; of b the same words of column l / 4.
-__device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// x with 10 bits after the point, to nearest, ties away from zero; the lowest 13 bits are zero.
-__device__ __forceinline__ uint32_t to_tf32(float x) {
-  uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-  return y;
-}
-
 // 2^x to 2^-22 of the result; subnormal results are 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
