@@ -53,13 +53,11 @@ SANITIZED = SOON | {
     "test_attention_sm90.py": "test_values and torch.bfloat16 and "
     "(round_the or two_spans- or two_blocks or no_box or class_tokens)",
 }
-SILENT = {
+SILENT = SANITIZED | {
     "test_logits.py": "(tiny or strides or not_finite) and "
     "(ragged or row_1x7 or lanes or video or class or packed or inf)",
-    "test_attention.py": "tiny and (5x13_mma or video or class_tok or fraction or spans)",
     "test_attention_window.py": "test_windows and (one_line or interpol or finer or video) "
     f"or test_forward and ({FORWARD})",
-    "test_attention_sm90.py": "test_values and (round_the or ragged or two_spans- or no_box or class_tokens)",
 }
 LATER = {
     "test_logits.py": "random or tiny and (longer or one_row)",
