@@ -3,20 +3,18 @@
 // Python has already refused bad input with friendlier words; these guard direct callers of the ops.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "errors.h"
 #include "shapes.h"
 
 namespace relpos {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-#define RELPOS_CHECK(condition, ...) STD_TORCH_CHECK(condition, "relpos_cuda: ", __VA_ARGS__)
 
 inline const char* name_of(ScalarType t) {
   switch (t) {

@@ -6,6 +6,7 @@
 
 #include "../boundary.h"
 #include "attention.h"
+#include "dispatch.h"
 #include "table_grad.h"
 #include "token_maps.h"
 

@@ -1,27 +1,29 @@
 // attention.h - the launches of the attention. Each takes a kernel for the plan's head dimension and tile of keys; the
 // kernels of one dtype are a translation unit of their own, so that they compile side by side.
 #pragma once
+#include <type_traits>
+
 #include "../params.h"
-#include "dispatch.h"
+#include "runtime.h"
 
 namespace relpos {
 
 template <typename T>
-void launch_attention_fwd(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p);
+void launch_attention_fwd(const Launcher& device, const AttentionPlan& plan, const AttentionFwdParams& p);
 template <typename T>
-void launch_attention_fwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p);
+void launch_attention_fwd_window(const Launcher& device, const AttentionPlan& plan, const AttentionFwdParams& p);
 template <typename T>
-void launch_attention_fwd_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p);
+void launch_attention_fwd_sm90(const Launcher& device, const AttentionPlan& plan, const AttentionFwdParams& p);
 template <typename T>
-void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+void launch_attention_bwd_queries(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 template <typename T>
-void launch_attention_bwd_queries_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+void launch_attention_bwd_queries_sm90(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 template <typename T>
-void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+void launch_attention_bwd_keys(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 template <typename T>
-void launch_attention_bwd_keys_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+void launch_attention_bwd_keys_sm90(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 template <typename T>
-void launch_attention_bwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p);
+void launch_attention_bwd_window(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p);
 
 template <int V>
 using Int = std::integral_constant<int, V>;

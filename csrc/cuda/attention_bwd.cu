@@ -7,7 +7,7 @@
 namespace relpos {
 
 template <typename T>
-void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
+void launch_attention_bwd_queries(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
   dispatch_tiles<T>(plan, [&](auto d, auto blocks, auto one_line) {
     device.launch(attention_bwd_queries_kernel<T, d(), blocks(), one_line()>, dim3(static_cast<unsigned>(plan.grid)),
                   plan.threads, plan.shared_bytes, p);
@@ -15,7 +15,7 @@ void launch_attention_bwd_queries(const OnDevice& device, const AttentionPlan& p
 }
 
 template <typename T>
-void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
+void launch_attention_bwd_keys(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
   dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
     device.launch(attention_bwd_keys_kernel<T, d()>, dim3(static_cast<unsigned>(plan.grid)), plan.threads,
                   plan.shared_bytes, p);
@@ -23,7 +23,7 @@ void launch_attention_bwd_keys(const OnDevice& device, const AttentionPlan& plan
 }
 
 template <typename T>
-void launch_attention_bwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
+void launch_attention_bwd_window(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
   dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
     if constexpr (sizeof(T) == 2 && d() <= kMostWindowD)
       device.launch(attention_bwd_window_kernel<T, d()>, dim3(static_cast<unsigned>(plan.grid)), plan.threads,
@@ -32,9 +32,9 @@ void launch_attention_bwd_window(const OnDevice& device, const AttentionPlan& pl
 }
 
 #define RELPOS_INSTANTIATE(T)                                                                                      \
-  template void launch_attention_bwd_queries<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&); \
-  template void launch_attention_bwd_keys<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&);    \
-  template void launch_attention_bwd_window<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&);
+  template void launch_attention_bwd_queries<T>(const Launcher&, const AttentionPlan&, const AttentionBwdParams&); \
+  template void launch_attention_bwd_keys<T>(const Launcher&, const AttentionPlan&, const AttentionBwdParams&);    \
+  template void launch_attention_bwd_window<T>(const Launcher&, const AttentionPlan&, const AttentionBwdParams&);
 RELPOS_FOR_TYPES(RELPOS_INSTANTIATE)
 
 }  // namespace relpos

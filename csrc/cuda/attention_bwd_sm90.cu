@@ -29,7 +29,7 @@ TensorMap map_of_lines(const AttentionBwdParams& p, int lines) {  // so many in 
 }  // namespace
 
 template <typename T>
-void launch_attention_bwd_queries_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
+void launch_attention_bwd_queries_sm90(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
   const AttentionBwdQueriesSm90Params all{p, map_of_keys(p, p.k), map_of_keys(p, p.v)};
   dispatch_tiles<T>(plan, [&](auto d, auto blocks, auto one_line) {
     device.launch(attention_bwd_queries_sm90_kernel<T, d(), blocks(), one_line()>,
@@ -38,7 +38,7 @@ void launch_attention_bwd_queries_sm90(const OnDevice& device, const AttentionPl
 }
 
 template <typename T>
-void launch_attention_bwd_keys_sm90(const OnDevice& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
+void launch_attention_bwd_keys_sm90(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
   const AttentionBwdKeysSm90Params all{p,
                                        map_of_queries(p, p.q),
                                        map_of_queries(p, p.grad),
@@ -52,9 +52,9 @@ void launch_attention_bwd_keys_sm90(const OnDevice& device, const AttentionPlan&
 }
 
 #define RELPOS_INSTANTIATE(T)                                                               \
-  template void launch_attention_bwd_queries_sm90<T>(const OnDevice&, const AttentionPlan&, \
+  template void launch_attention_bwd_queries_sm90<T>(const Launcher&, const AttentionPlan&, \
                                                      const AttentionBwdParams&);            \
-  template void launch_attention_bwd_keys_sm90<T>(const OnDevice&, const AttentionPlan&, const AttentionBwdParams&);
+  template void launch_attention_bwd_keys_sm90<T>(const Launcher&, const AttentionPlan&, const AttentionBwdParams&);
 RELPOS_FOR_TYPES(RELPOS_INSTANTIATE)
 
 }  // namespace relpos

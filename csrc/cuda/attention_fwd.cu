@@ -6,7 +6,7 @@
 namespace relpos {
 
 template <typename T>
-void launch_attention_fwd(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p) {
+void launch_attention_fwd(const Launcher& device, const AttentionPlan& plan, const AttentionFwdParams& p) {
   dispatch_tiles<T>(plan, [&](auto d, auto blocks, auto one_line) {
     device.launch(attention_fwd_kernel<T, d(), blocks(), one_line()>, dim3(static_cast<unsigned>(plan.grid)),
                   plan.threads, plan.shared_bytes, p);
@@ -14,7 +14,7 @@ void launch_attention_fwd(const OnDevice& device, const AttentionPlan& plan, con
 }
 
 template <typename T>
-void launch_attention_fwd_window(const OnDevice& device, const AttentionPlan& plan, const AttentionFwdParams& p) {
+void launch_attention_fwd_window(const Launcher& device, const AttentionPlan& plan, const AttentionFwdParams& p) {
   dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
     if constexpr (sizeof(T) == 2 && d() <= kMostFwdWindowD)
       device.launch(
@@ -24,8 +24,8 @@ void launch_attention_fwd_window(const OnDevice& device, const AttentionPlan& pl
 }
 
 #define RELPOS_INSTANTIATE(T)                                                                              \
-  template void launch_attention_fwd<T>(const OnDevice&, const AttentionPlan&, const AttentionFwdParams&); \
-  template void launch_attention_fwd_window<T>(const OnDevice&, const AttentionPlan&, const AttentionFwdParams&);
+  template void launch_attention_fwd<T>(const Launcher&, const AttentionPlan&, const AttentionFwdParams&); \
+  template void launch_attention_fwd_window<T>(const Launcher&, const AttentionPlan&, const AttentionFwdParams&);
 RELPOS_FOR_TYPES(RELPOS_INSTANTIATE)
 
 }  // namespace relpos

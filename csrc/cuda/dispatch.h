@@ -1,7 +1,6 @@
 // dispatch.h - runtime dtypes become template types, here and nowhere else.
 #pragma once
-#include "../checks.h"
-#include "runtime.h"
+#include "device.h"
 
 namespace relpos {
 

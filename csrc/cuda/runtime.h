@@ -1,5 +1,5 @@
 // runtime.h - the little of the CUDA runtime that launchers and kernels use. Tests replace it (RELPOS_EMULATE) to run
-// the same kernels and the same launchers on the CPU.
+// the same kernels and the same launchers on the CPU. No tensor is here: those headers take seconds to compile.
 #pragma once
 #ifdef RELPOS_EMULATE
 #include "runtime_emulated.h"
@@ -7,10 +7,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
-#include <torch/csrc/stable/accelerator.h>
 
-#include "../checks.h"
+#include "../errors.h"
 
 #define RELPOS_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #define RELPOS_DYNAMIC_SHARED_1024(name) \
@@ -24,25 +22,10 @@ namespace relpos {
     RELPOS_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error), " in ", #call); \
   } while (0)
 
-// The device of the tensors, made current, with its stream. libtorch_cuda is looked up and not linked, so that the
-// library also loads beside a PyTorch without CUDA.
-class OnDevice {
+// What it takes to launch kernels on a stream of the current device.
+class Launcher {
  public:
-  explicit OnDevice(const Tensor& t) : guard_(t.get_device_index()) {
-    using CurrentStream = AOTITorchError (*)(int32_t, void**);
-    static const CurrentStream current_stream = [] {
-      void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-      return reinterpret_cast<CurrentStream>(library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr);
-    }();
-    RELPOS_CHECK(current_stream != nullptr, "this PyTorch has no CUDA");
-    void* stream = nullptr;
-    RELPOS_CHECK(current_stream(t.get_device_index(), &stream) == 0, "no CUDA stream on device ", t.get_device_index());
-    stream_ = static_cast<cudaStream_t>(stream);
-    int major = 0, minor = 0;
-    RELPOS_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, t.get_device_index()));
-    RELPOS_CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, t.get_device_index()));
-    arch_ = major * 10 + minor;
-  }
+  Launcher(cudaStream_t stream, int arch) : stream_(stream), arch_(arch) {}
   int arch() const { return arch_; }
 
   template <typename Params>
@@ -57,9 +40,8 @@ class OnDevice {
   }
 
  private:
-  torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  int arch_ = 0;
+  cudaStream_t stream_;
+  int arch_;
 };
 
 }  // namespace relpos

@@ -2,8 +2,7 @@
 #pragma once
 #include <optional>
 
-#include "../checks.h"
-#include "runtime.h"
+#include "device.h"
 
 namespace relpos {
 

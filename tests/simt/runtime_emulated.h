@@ -2,7 +2,7 @@
 #pragma once
 #include <cstdlib>
 
-#include "../../csrc/checks.h"
+#include "../../csrc/errors.h"
 #include "sm90.h"
 
 namespace relpos {
@@ -17,9 +17,8 @@ template <int R>
 void pin(uint32_t (&)[R]) {}
 
 // Stands for a GPU of compute capability RELPOS_EMULATED_ARCH (80 if unset).
-class OnDevice {
+class Launcher {
  public:
-  explicit OnDevice(const Tensor&) {}
   int arch() const {
     const char* arch = std::getenv("RELPOS_EMULATED_ARCH");
     return arch ? std::atoi(arch) : 80;
