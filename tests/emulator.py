@@ -27,7 +27,8 @@ UNITS += [
 ]
 UNITS += [(f"csrc/{name}", "") for name in (*_libraries.CUDA_SOURCES, *_libraries.CUDA_HOST_SOURCES)]
 NAMESPACE = "relpos_emulated"
-FEW_KERNELS = ("-DRELPOS_MOST_HEAD_DIM=64", "-DRELPOS_WITHOUT_FLOAT16")  # for what is compiled with sanitizers
+WITHOUT_FLOAT16 = "-DRELPOS_WITHOUT_FLOAT16"
+FEW_KERNELS = ("-DRELPOS_MOST_HEAD_DIM=64", WITHOUT_FLOAT16)  # for what is compiled with sanitizers
 ARCH = "RELPOS_EMULATED_ARCH"  # variable with the architecture that plans are for
 INSTEAD = "RELPOS_EMULATED_LIBRARY"  # variable that names another library to test, one with a planted bug
 
@@ -93,8 +94,8 @@ def count(name: str, call: Callable[[], object]) -> int:
 
 def compile_tree(root: Path, library: Path, sanitizer: toolchain.Sanitizer = toolchain.PLAIN, *more: str) -> Path:
     """The library of a tree that has csrc and tests/simt: the project, or a copy of it."""
-    without = "-DRELPOS_TYPE=__half" if set(FEW_KERNELS) <= set(more) else None
-    units = [(root / source, flag) for source, flag in UNITS if flag != without]
+    left_out = "-DRELPOS_TYPE=__half" if WITHOUT_FLOAT16 in more else None
+    units = [(root / source, flag) for source, flag in UNITS if flag != left_out]
     return toolchain.compile_library(units, library, [*_flags(), *more], root, sanitizer)
 
 

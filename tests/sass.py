@@ -1,7 +1,9 @@
-"""Machine code of the library, without a GPU. `python tests/sass.py` prints what a kernel costs.
+"""Machine code of the library, without a GPU.
 
-librelpos_cuda.so ──cuobjdump──▶ kernels of an architecture (machine_code.py)
-ptxas.log ──────────────────────▶ registers, spills, warnings
+    librelpos_cuda.so ──cuobjdump──▶ kernels of an architecture (machine_code.py)
+    ptxas.log ──────────────────────▶ registers, spills, warnings
+
+`python tests/sass.py` prints what a kernel costs.
 """
 
 from __future__ import annotations
