@@ -94,7 +94,7 @@ PASSES = {"inference": infer, "training step": train}
 # ---- rows
 
 
-def measured(device: str, dtypes: list[str], quick: bool, progress: Callable) -> list[dict]:
+def measured(device: str, dtypes: list[str], quick: bool, progress: Callable, rounds: int | None = None) -> list[dict]:
     plans = [(model, dtype, SIZES.get(model, 1024)) for model in MODELS for dtype in dtypes if dtype != "float32"]
     rows = []
     for name, run in PASSES.items():
@@ -106,7 +106,7 @@ def measured(device: str, dtypes: list[str], quick: bool, progress: Callable) ->
             try:
                 variants, pixels = MODELS[model](size, device, DTYPES[dtype])
                 steps = steps_of(variants, run, pixels.to(device, DTYPES[dtype]))
-                rows += [about | row for row in rows_of(steps, device, 1 if quick else ROUNDS[device])]
+                rows += [about | row for row in rows_of(steps, device, rounds or (1 if quick else ROUNDS[device]))]
             except (ImportError, torch.OutOfMemoryError) as error:
                 rows.append(about | {"variant": str(error).split("\n")[0]})
     return rows
@@ -133,6 +133,7 @@ def rows_of(steps: Steps, device: str, rounds: int) -> list[dict]:
         {
             "variant": name,
             "milliseconds": float(f"{1e3 * runs.median:.4g}"),
+            "samples": len(runs.seconds),
             "spread": round(runs.spread, 3),
             "speed_up": round(stock.median / runs.median, 3),
             "peak_bytes": round(2**30 * max(runs.peaks)),

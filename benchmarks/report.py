@@ -1,23 +1,14 @@
-"""Tables of results: on the terminal while they come, and those of the README from a committed file.
-
-python -m benchmarks.report OP RESULT.json      the README's table of an op
-"""
+"""Results on the terminal, as tables, while they come."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Iterable
 from itertools import groupby
-from pathlib import Path
 
 from .floors import floor_milliseconds
 
 OURS = {"attention": "ours", "logits": "ours, in place"}
 Table = list[tuple[str, ...]]
-
-
-# ---- the terminal
 
 
 def heading(result: dict) -> str:
@@ -80,20 +71,26 @@ def floor_of(row: dict, rates: dict) -> float:
 
 
 def _lengths(rows: list[dict]) -> Iterable[str]:
+    for direction, table in length_tables(rows):
+        yield f"a layer against its length, {direction}, {rows[0]['dtype']}"
+        yield from aligned(table)
+    yield from (f"  {row['peer']}: {row['outcome']}" for row in rows if "side" not in row)
+
+
+def length_tables(rows: list[dict]) -> Iterable[tuple[str, Table]]:
+    """A table of each pass, tokens downwards, peers to the right."""
+
     def cell(row: dict) -> str:
         if "outcome" in row:
             return row["outcome"]
         return f"{row['milliseconds']:.4g} ms, {row['peak_bytes'] / 2**20:.0f} MiB"
 
     sides = sorted({row["side"] for row in rows if "side" in row})
+    peers = list(dict.fromkeys(row["peer"] for row in rows if "side" in row))
     found = {(row["pass"], row["peer"], row["side"]): cell(row) for row in rows if "side" in row}
     for direction in dict.fromkeys(key[0] for key in found):
-        yield f"a layer against its length, {direction}, {rows[0]['dtype']}"
-        peers = list(dict.fromkeys(row["peer"] for row in rows if "side" in row))
-        table = [("tokens", *peers)]
-        table += [(f"{n} x {n}", *(found.get((direction, peer, n), "") for peer in peers)) for n in sides]
-        yield from aligned(table)
-    yield from (f"  {row['peer']}: {row['outcome']}" for row in rows if "side" not in row)
+        heading = ("tokens", *peers)
+        yield direction, [heading, *((f"{n} x {n}", *(found.get((direction, p, n), "") for p in peers)) for n in sides)]
 
 
 def _encoders(rows: list[dict]) -> Iterable[str]:
@@ -125,47 +122,3 @@ def aligned(table: Table) -> Iterable[str]:
     for row in table:
         cells = (c.ljust(w) if n < left else c.rjust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True)))
         yield "  " + "  ".join(cells).rstrip()
-
-
-# ---- the README
-
-# What ours is compared with, as the heading shows it; those that a file lacks are left out.
-COLUMNS = {
-    "logits": ("eager", "eager, in place", "compiled", "bare `add_(1)`"),
-    "attention": (
-        *("sdpa, dense bias", "sdpa, dense bias, efficient", "eager", "eager, SAM", "eager, HF", "compiled", "flex"),
-        *("concat", "concat, cudnn", "sdpa, no bias", "sdpa, no bias, flash", "sdpa, no bias, cudnn"),
-    ),
-}
-
-
-def table(op: str, result: Path) -> str:
-    """Milliseconds of ours; of the others, their time as a multiple of ours. Medians of one interleaved run."""
-    rows = [row for row in json.loads(result.read_text())["rows"] if row["op"] == op]
-    there = {row["peer"] for row in rows}
-    columns = [name for name in COLUMNS[op] if name.replace("`", "") in there]
-    heading = ("layer", "dtype", "pass", OURS[op], *columns)
-    lines = [f"| {' | '.join(heading)} |", "|---" * len(heading) + "|"]
-    for key, some in groupby(rows, lambda row: (row["shape"], row["dtype"])):
-        times = {(row["pass"], row["peer"]): row["milliseconds"] for row in some}
-        for direction in ("forward", "forward + backward"):
-            ours, *others = (times.get((direction, name.replace("`", ""))) for name in (OURS[op], *columns))
-            cells = [
-                f"{ours:.1f} ms" if ours >= 5 else f"{ours:.3f} ms",
-                *(f"{time / ours:.1f} x" if time else "" for time in others),
-            ]
-            lines.append(f"| {' | '.join((*key, direction, *cells))} |")
-    return "\n".join(lines)
-
-
-def encoders_table(result: Path) -> str:
-    lines = ["| encoder | pass | variant | seconds | speed-up | peak memory |", "|---|---|---|---|---|---|"]
-    for row in json.loads(result.read_text())["encoders"]:
-        cells = (row["model"], f"{row['pass']}, {row['dtype']}", row["variant"], f"{row['milliseconds'] / 1e3:.1f}")
-        lines.append(f"| {' | '.join(cells)} | {row['speed_up']:.2f} x | {row['peak_bytes'] / 2**20:.0f} MiB |")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    what, file = sys.argv[1], Path(sys.argv[2])
-    print(encoders_table(file) if what == "encoders" else table(what, file))

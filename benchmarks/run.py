@@ -73,7 +73,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--passes", nargs="+", choices=protocol.PASSES, help="(all; on a CPU, not backward alone)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, minutes of it")
     parser.add_argument("--seconds", type=float, help="of the rounds of one case (2; 8 on a CPU)")
-    parser.add_argument("--rounds", type=int, help="at least; default 3")
+    parser.add_argument("--rounds", type=int, help="of peers, at least (3), and of encoders (10; 1 on a CPU)")
     parser.add_argument("--memory", type=float, help="GiB that a peer may take in `lengths` (a GPU's; 12 on a CPU)")
     parser.add_argument("--peers", type=Path, help="a folder with kernels of others (optional.py says which)")
     parser.add_argument("--out", type=Path, default=Path("bench"), help="folder of bench.json and the plots (bench)")
@@ -89,6 +89,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.dtypes = options.dtypes or (dtypes_of_cpu()[: 1 if quick else 2] if on_cpu else ["bfloat16"])
     options.passes = options.passes or [p for p in protocol.PASSES if not (on_cpu and p == protocol.BACKWARD)]
     options.seconds = options.seconds or (1 if quick else 8 if on_cpu else 2)
+    options.rounds_of_encoders = options.rounds
     options.rounds = options.rounds or (2 if quick else 3)
     options.no_compile |= quick
     options.parts = options.parts or PARTS[: 1 if quick else 3]
@@ -133,7 +134,8 @@ def run_lengths(options: argparse.Namespace, progress: Progress) -> Found:
 
 def run_encoders(options: argparse.Namespace, progress: Progress) -> Found:
     progress.title = "encoders"
-    yield {"encoders": encoders.measured(options.device, options.dtypes, options.quick, progress)}
+    what = options.device, options.dtypes, options.quick
+    yield {"encoders": encoders.measured(*what, progress, options.rounds_of_encoders)}
 
 
 PART = {"ops": run_ops, "lengths": run_lengths, "encoders": run_encoders}

@@ -36,16 +36,35 @@ def test_environment_table():
 
 def test_measured_rows_are_those_of_committed_results(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT))
-    from benchmarks import report
+    from benchmarks import documents
 
-    results = re.findall(r"\[all rows with their spread\]\((benchmarks/results/cpu/.*?\.json)\)", README)
-    assert len(results) == len(report.COLUMNS)
-    for op, result in zip(report.COLUMNS, results, strict=True):
-        assert report.table(op, ROOT / result) in README
-    (result,) = re.findall(
-        r"\[all rows with their quartiles, memory and errors\]\((benchmarks/results/.*?\.json)\)", README
-    )
-    assert report.table("attention", ROOT / result) in README and report.encoders_table(ROOT / result) in README
+    shown = []
+    for document in documents.DOCUMENTS:
+        text = document.read_text()
+        assert documents.written(text) == text, "python -m benchmarks.documents"
+        shown += [(what, file) for _, what, files, _ in documents.TABLE.findall(text) for file in files.split()]
+    assert {what for what, _ in shown} == set(documents.TABLES)
+    assert {documents.RESULTS / file for _, file in shown} == set(documents.RESULTS.glob("*/*.json"))
+
+
+def test_wrong_peers_are_no_rivals(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks import documents
+
+    rows = [
+        {"op": "attention", "shape": "a layer", "dtype": "float32", "pass": direction, "peer": peer, **measured}
+        for direction in documents.PASSES
+        for peer, measured in {
+            "ours": {"milliseconds": 8.0},
+            "eager, SAM": {"milliseconds": 2.0, "wrong": True},
+            "eager, HF": {"milliseconds": 20.0, "wrong": False},
+        }.items()
+    ]
+    result = {"about": {"device": "a machine"}, "rows": rows}
+    _, forward, both = documents.op_table("attention", result)
+    assert forward[3:] == both[3:] == ("8.0 ms", "wrong", "2.5 x")
+    _, line = documents.summary(result)
+    assert line == ("a machine", "a layer, float32", *("8.0 ms", "", "2.5 x", "") * 2)
 
 
 def test_plots_are_those_of_committed_results():

@@ -1,0 +1,138 @@
+"""The tables of README.md and docs/benchmarks.md, from committed results and nothing else.
+
+    python -m benchmarks.documents      writes them anew
+
+A table stands between two comments. The first says what it shows, and of which files:
+
+    <!-- table: attention cpu/2026-11-25-d0a5c54.json -->
+    <!-- end of table -->
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from itertools import groupby
+from pathlib import Path
+
+from .report import OURS, length_tables
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+TABLE = re.compile(r"(<!-- table: (\w+) (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+PASSES = ("forward", "forward + backward")
+
+# What ours is compared with, as the heading shows it; those that a file lacks are left out.
+COLUMNS = {
+    "logits": ("eager", "eager, in place", "compiled", "bare `add_(1)`"),
+    "attention": (
+        *("sdpa, dense bias", "sdpa, dense bias, efficient", "sdpa, dense bias, cudnn", "eager", "eager, SAM"),
+        *("eager, HF", "compiled", "flex", "concat", "concat, cudnn"),
+        *("sdpa, no bias", "sdpa, no bias, flash", "sdpa, no bias, cudnn"),
+    ),
+}
+KINDS = ("sdpa, dense bias", "eager", "sdpa, no bias")  # of peers of the attention, by how their names begin
+
+
+def written(text: str) -> str:
+    """A document with the tables that it asks for."""
+
+    def fill(found: re.Match) -> str:
+        begin, what, files, end = found.groups()
+        results = (json.loads((RESULTS / file).read_text()) for file in files.split())
+        return begin + markdown(TABLES[what](*results)) + end
+
+    return TABLE.sub(fill, text)
+
+
+def markdown(rows: Iterable[tuple[str, ...]]) -> str:
+    heading, *others = (f"| {' | '.join(row)} |\n" for row in rows)
+    return heading + "|---" * (heading.count(" | ") + 1) + "|\n" + "".join(others)
+
+
+# ---- the tables
+
+
+def op_table(op: str, result: dict) -> Iterable[tuple[str, ...]]:
+    """Milliseconds of ours; of the others, their time as a multiple of ours. Medians of one interleaved run."""
+    rows = [row for row in result["rows"] if row["op"] == op]
+    there = {row["peer"] for row in rows}
+    columns = [name for name in COLUMNS[op] if name.replace("`", "") in there]
+    yield "layer", "dtype", "pass", OURS[op], *columns
+    for layer, some in groupby(rows, lambda row: (row["shape"], row["dtype"])):
+        of_layer = list(some)
+        for direction in PASSES:
+            peers = ({row["peer"]: row for row in of_layer if row["pass"] == direction}).get
+            ours = peers(OURS[op])
+            assert ours
+            yield *layer, direction, *cells(ours, [peers(name.replace("`", "")) for name in columns])
+
+
+def summary(*results: dict) -> Iterable[tuple[str, ...]]:
+    """The attention of several machines, both passes beside each other, of every kind of peer the fastest."""
+    yield "", "layer", *(name for direction in PASSES for name in (direction, *KINDS))
+    for result in results:
+        rows = [row for row in result["rows"] if row["op"] == "attention"]
+        for (shape, dtype), some in groupby(rows, lambda row: (row["shape"], row["dtype"])):
+            of_layer = list(some)
+            line: list[str] = []
+            for direction in PASSES:
+                of_pass = [row for row in of_layer if row["pass"] == direction]
+                kinds = [[row for row in of_pass if row["peer"].startswith(kind)] for kind in ("ours", *KINDS)]
+                fastest = [min(right(kind), key=lambda row: row["milliseconds"], default=None) for kind in kinds]
+                assert fastest[0]
+                line += cells(fastest[0], fastest[1:])
+            yield machine(result["about"]), f"{shape}, {dtype}", *line
+
+
+def cells(ours: dict, others: list[dict | None]) -> list[str]:
+    def multiple(row: dict | None) -> str:
+        if row is None:
+            return ""
+        return f"{row['milliseconds'] / ours['milliseconds']:.1f} x" if right([row]) else "wrong"
+
+    time = ours["milliseconds"]
+    return [f"{time:.1f} ms" if time >= 5 else f"{time:.3f} ms", *map(multiple, others)]
+
+
+def right(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if not row.get("wrong")]
+
+
+def machine(about: dict) -> str:
+    return f"{about['device']}, {about['isa']}" if "isa" in about else about["device"]
+
+
+def encoders(result: dict) -> Iterable[tuple[str, ...]]:
+    yield "encoder", "pass", "variant", "seconds", "speed-up", "peak memory"
+    for row in result["encoders"]:
+        seconds, memory = f"{row['milliseconds'] / 1e3:.1f}", f"{row['peak_bytes'] / 2**20:.0f} MiB"
+        what = f"{row['pass']}, {row['dtype']}"
+        yield row["model"], what, row["variant"], seconds, f"{row['speed_up']:.2f} x", memory
+
+
+def lengths(result: dict) -> Iterable[tuple[str, ...]]:
+    for n, (direction, (heading, *rows)) in enumerate(length_tables(result["lengths"])):
+        if n == 0:
+            yield "pass", *heading
+        yield from ((direction, *row) for row in rows)
+
+
+TABLES = {
+    "attention": lambda result: op_table("attention", result),
+    "logits": lambda result: op_table("logits", result),
+    "summary": summary,
+    "encoders": encoders,
+    "lengths": lengths,
+}
+
+
+def main() -> None:
+    for document in DOCUMENTS:
+        document.write_text(written(document.read_text()))
+
+
+if __name__ == "__main__":
+    main()
