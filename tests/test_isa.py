@@ -1,9 +1,10 @@
-"""Every instruction set that the CPU library was compiled for, on a machine that has it."""
+"""Every instruction set that the CPU library is compiled for and the processor has; other processors and compilers."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,17 +31,35 @@ def has(isa: str) -> bool:
 def test_all_tiny_problems(isa: str):
     if not has(isa) or (isa != "baseline" and platform.machine() not in ("x86_64", "AMD64")):
         pytest.skip(f"this processor has no {isa}")
-    package = Path(relpos_cuda.__file__).parent.parent
-    environment = os.environ | {"RELPOS_CUDA_CPU_ISA": isa, "PYTHONPATH": str(package)}
+    assert run_all({"RELPOS_CUDA_CPU_ISA": isa}) == isa
+
+
+@pytest.mark.parametrize("processor, compiler", [("another", "c++"), (platform.machine(), "clang++")])
+def test_other_builds(processor: str, compiler: str, tmp_path: Path):
+    """Without what is for x86 only, as on a Grace or a Jetson; and with the other compiler."""
+    if not shutil.which(compiler):
+        pytest.skip(f"there is no {compiler}")
+    own = {"RELPOS_CUDA_CPU_ISA": "", "RELPOS_CUDA_CACHE_DIR": str(tmp_path), "CXX": compiler}
+    own["RELPOS_CUDA_CXXFLAGS"] = "-O1"  # compiled sooner
+    best = "baseline" if processor == "another" else next(isa for isa in reversed(ISAS) if has(isa))
+    assert run_all(own, processor) == best
+    assert [*tmp_path.glob("relpos_cpu-*/librelpos_cpu.so")]
+
+
+def run_all(variables: dict[str, str], processor: str = platform.machine()) -> str:
+    """The instruction set that all tiny problems took, in a process of its own, because the choice is made once."""
+    environment = os.environ | {"PYTHONPATH": str(Path(relpos_cuda.__file__).parent.parent)} | variables
+    code = f"import platform; platform.machine = lambda: {processor!r}; import test_isa; test_isa.main()"
     done = subprocess.run(
-        [sys.executable, __file__, isa], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
+        [sys.executable, "-c", code], env=environment, cwd=Path(__file__).parent, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [isa, str(3 * len(problems.TINY))]
+    isa, runs = done.stdout.split()
+    assert int(runs) == 3 * len(problems.TINY)
+    return isa
 
 
-def main(isa: str) -> None:
-    """In a process of its own, because the choice is made once."""
+def main() -> None:
     import ctypes
 
     assert _loader.load("cpu")
@@ -52,7 +71,3 @@ def main(isa: str) -> None:
             test_logits.compare(problem, dtype, "cpu")
             runs += 1
     print(library.relpos_cuda_cpu_isa().decode(), runs)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

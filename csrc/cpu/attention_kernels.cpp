@@ -19,8 +19,8 @@ namespace relpos {
 namespace RELPOS_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int kChunk = 4;  // vectors of lanes at a time
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kChunk = 4;  // vectors of lanes at a time, where there are 32 registers
 #else
 constexpr int kChunk = 2;
 #endif

@@ -21,14 +21,14 @@ namespace {
 constexpr int kGemmRows = 6, kGemmVectors = 4, kShortSum = 128;
 #elif defined(__AVX2__)
 constexpr int kGemmRows = 6, kGemmVectors = 2, kShortSum = 128;
+#elif defined(__aarch64__)
+constexpr int kGemmRows = 4, kGemmVectors = 4, kShortSum = 128;  // up to four products a cycle take four cycles each
 #else
 constexpr int kGemmRows = 4, kGemmVectors = 2, kShortSum = 32;  // products are rounded, too
 #endif
 
-template <typename C>
-inline Vec<C> multiply_add(Vec<C> sum, C a, Vec<C> b) {
-  return sum + a * b;
-}
+inline Vec<float> multiply_add(Vec<float> sum, float a, Vec<float> b) { return sum + a * b; }
+inline Vec<double> multiply_add(Vec<double> sum, double a, Vec<double> b) { return sum + a * b; }
 #if defined(__AVX512BF16__)
 inline Vec<float> multiply_add(Vec<float> sum, Pair a, Words b) {
   int32_t both;

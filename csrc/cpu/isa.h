@@ -3,8 +3,23 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#ifdef RELPOS_HAVE_X86_ISAS
+#include <cpuid.h>
+#endif
 
 namespace relpos {
+
+#ifdef RELPOS_HAVE_X86_ISAS
+// Features that __builtin_cpu_supports has no name for in older compilers.
+inline bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && ecx >> 29 & 1;
+}
+inline bool has_avx512bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && eax >> 5 & 1;
+}
+#endif
 
 inline const char* instruction_set() {
   static const std::string chosen = [] {
@@ -14,8 +29,8 @@ inline const char* instruction_set() {
     const bool any512 = most == "avx512" || most == "avx512_bf16";
     const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    if (most == "avx512_bf16" && has512 && __builtin_cpu_supports("avx512bf16")) return "avx512_bf16";
+    const bool has2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (most == "avx512_bf16" && has512 && has_avx512bf16()) return "avx512_bf16";
     if (any512 && has512) return "avx512";
     if ((any512 || most == "avx2") && has2) return "avx2";
 #endif
@@ -28,17 +43,16 @@ inline const char* instruction_set() {
 inline bool has_pairs() { return !std::strcmp(instruction_set(), "avx512_bf16"); }
 
 // The table of this instruction set, of those compiled: `baseline`, and on x86 the two others.
+#ifdef RELPOS_HAVE_X86_ISAS
 template <typename Table>
-const Table& for_this_processor(const Table& baseline, const Table* avx2, const Table* avx512) {
-  if (avx512 && (has_pairs() || !std::strcmp(instruction_set(), "avx512"))) return *avx512;
-  if (avx2 && !std::strcmp(instruction_set(), "avx2")) return *avx2;
+const Table& for_this_processor(const Table& baseline, const Table& avx2, const Table& avx512) {
+  if (has_pairs() || !std::strcmp(instruction_set(), "avx512")) return avx512;
+  if (!std::strcmp(instruction_set(), "avx2")) return avx2;
   return baseline;
 }
-
-#ifdef RELPOS_HAVE_X86_ISAS
-#define RELPOS_CHOOSE(table) for_this_processor(baseline::table, &avx2::table, &avx512::table)
+#define RELPOS_CHOOSE(table) for_this_processor(baseline::table, avx2::table, avx512::table)
 #else
-#define RELPOS_CHOOSE(table) for_this_processor(baseline::table, nullptr, nullptr)
+#define RELPOS_CHOOSE(table) baseline::table
 #endif
 
 }  // namespace relpos

@@ -7,6 +7,8 @@
 #include <cstring>
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace relpos {
@@ -110,6 +112,8 @@ inline Vec<float> load(const Float16* p) {
   return reinterpret_cast<Vec<float>>(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 #elif defined(__AVX2__)
   return reinterpret_cast<Vec<float>>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(__aarch64__)
+  return reinterpret_cast<Vec<float>>(vcvt_f32_f16(vld1_f16(reinterpret_cast<const float16_t*>(p))));
 #else
   Vec<float> v;
   for (int i = 0; i < kLanes<float>; ++i) v[i] = widen(p[i]);
@@ -133,6 +137,8 @@ inline void store(Float16* p, Vec<float> v) {
 #elif defined(__AVX2__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph(reinterpret_cast<__m256>(v), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  vst1_f16(reinterpret_cast<float16_t*>(p), vcvt_f16_f32(reinterpret_cast<float32x4_t>(v)));
 #else
   for (int i = 0; i < kLanes<float>; ++i) narrow(v[i], p + i);
 #endif
