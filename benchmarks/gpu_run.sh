@@ -28,7 +28,7 @@ set -uo pipefail
 
 STEPS="info build probe tests sanitize bench wgmma profile"
 # Tests of builds, packaging and the emulator: the CPU's business, minutes of it.
-CPU_TESTS="bench build canaries cute demo distributed gpu_run install isa loader modules readme sass
+CPU_TESTS="bench bench_optional build canaries cute demo distributed gpu_run install isa loader modules readme sass
   sass_probe simt simt_races simt_sm90 toolchain"
 
 limit_of() {

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import emulator
+from relpos_cuda import _fallback_attention, _ops
 
 # First, so that no worker of pytest-xdist is left with one of them at the end; then the others by name.
 LONGEST = [f"test_{name}.py" for name in ("canaries", "sass", "attention", "bench", "logits", "install")]
@@ -38,6 +39,12 @@ def use_device(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         emulator.use(monkeypatch)
         return "cpu"
     return name
+
+
+def use_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The attention in plain PyTorch, wherever it is."""
+    for name in ("attention_fwd", "attention_bwd"):
+        monkeypatch.setattr(_ops, name, getattr(_fallback_attention, name))
 
 
 @pytest.fixture

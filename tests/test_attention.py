@@ -1,14 +1,13 @@
-"""rel_pos_attention: values, every gradient, layouts, extremes, chunks, determinism, memory."""
+"""rel_pos_attention: values, every gradient, layouts, extremes, determinism, what is saved."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import relpos_cuda
 from checks import assert_close_as_eager, assert_exact_as_float64, assert_vanishes, compare_attention
-from conftest import use_device
+from conftest import use_device, use_pytorch
 from problems import (
     ATTENTION_NAMES,
     MODELS,
@@ -44,11 +43,6 @@ SOME_MODELS = [
     Problem("video_cls", (4, 7, 7), (4, 7, 7), 96, heads=1, prefix=1),
     *(p for p in MODELS if p.name in ("slimsam_window", "mvitv2_large_cls", "slowfast_fraction")),
 ]
-
-
-def use_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("attention_fwd", "attention_bwd"):
-        monkeypatch.setattr(_ops, name, getattr(_fallback_attention, name))
 
 
 @pytest.fixture(params=["cpu", "pytorch", "emulated", "cuda"])
@@ -253,33 +247,7 @@ def test_only_the_gradients_that_are_asked_for(wanted: list[int], device: str, m
     assert [t is not None for t in asked[0]] == [0 in wanted, 1 in wanted, 2 in wanted, bool({3, 4} & set(wanted))]
 
 
-# ---- chunks, determinism, memory
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("budget", ["one_row", "ragged_rows", "some_heads", "some_batch_elements"])
-@pytest.mark.parametrize(
-    "problem",
-    [
-        same("square", 3, 5, 16, batch=3, heads=5),
-        Problem("class_tokens", (2, 3), (4, 6), 16, batch=2, heads=3, prefix=3),
-        Problem("video_class", (2, 2, 3), (2, 2, 3), 16, batch=2, heads=3, prefix=1),
-    ],
-    ids=str,
-)
-def test_chunks(problem: Problem, budget: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """Chunks end inside the class tokens, inside a row of the grid, between heads, between batch elements."""
-    rows = {"one_row": 0.5, "ragged_rows": 5, "some_heads": 2 * problem.rows}
-    fit = rows.get(budget, 2 * problem.heads * problem.rows)
-    use_pytorch(monkeypatch)
-    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", int(4 * problem.columns * fit))
-    seen = []
-    original = _fallback_attention._logits
-    monkeypatch.setattr(
-        _fallback_attention, "_logits", lambda q, *args: (seen.append(q.shape[:3].numel()), original(q, *args))[1]
-    )
-    compare_attention(problem, draw_attention(problem, dtype), dtype, "cpu")
-    assert max(seen) == max(1, int(fit)) and sum(seen) == 2 * problem.batch * problem.heads * problem.rows
+# ---- determinism, memory
 
 
 @pytest.mark.parametrize("problem", [TINY[0], TINY[-1], *SOME_MODELS[:2]], ids=str)
@@ -290,31 +258,6 @@ def test_bitwise_the_same_on_every_run(problem: Problem, device: str, monkeypatc
     results = [run_attention(ours, problem, inputs, torch.float32, device) for _ in range(3)]
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-class LargestTensor(TorchDispatchMode):
-    """Bytes of the largest tensor that any operation inside returns."""
-
-    bytes = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        results = function(*args, **(kwargs or {}))
-        for t in results if isinstance(results, (tuple, list)) else [results]:
-            if isinstance(t, torch.Tensor):
-                self.bytes = max(self.bytes, t.numel() * t.element_size())
-        return results
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_nothing_larger_than_a_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
-    """4096 tokens: the logits of one head are 64 MiB. Not through the dispatcher, which hides an op's inside."""
-    use_pytorch(monkeypatch)
-    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", 8 << 20)
-    problem = same("sam_global", 64, 64, 8, heads=1)
-    leaves = draw_attention(problem, dtype).leaves(dtype)
-    with LargestTensor() as largest:
-        call_attention(ours, problem, leaves).sum().backward()
-    assert largest.bytes == 8 << 20
 
 
 def test_what_is_saved(device: str, monkeypatch: pytest.MonkeyPatch):
