@@ -40,6 +40,8 @@ struct LogitsParams {
   const int32_t* index = nullptr;  // csrc/shapes.h
   int block_rows = 0, factor_ld = 0, q_ld = 0;
   bool whole_vectors = false;  // logits may be read and written 16 bytes at a time
+  bool whole_vectors_of_q = false;
+  int line_lanes_log2 = -1;  // lanes that load one image row of keys, if a lane always meets the same columns
 };
 
 struct LogitsFwdParams : LogitsParams {
@@ -52,7 +54,6 @@ struct LogitsBwdParams : LogitsParams {
   const void* grad = nullptr;  // [rows, N]
   void* dq = nullptr;          // [rows, D] or null
   float* dfactors = nullptr;   // [rows, factors] or null
-  int line_lanes_log2 = -1;    // lanes that load one image row of keys, if a lane always meets the same columns
   FastDiv by_quads;            // of elements in a row of dq
 };
 
@@ -65,6 +66,7 @@ struct TableGradParams {
   float* dtable = nullptr;          // [table rows, D]
   int64_t pairs = 0;                // of a query and a key coordinate, all axes
   int splits = 0;
+  bool whole_vectors_of_q = false;  // which may be read 16 bytes at a time
   FastDiv by_heads;
   struct {
     FastDiv by_per_group, by_inner;  // queries of a group with the same coordinate; queries per step of it

@@ -44,7 +44,7 @@ SOON = {  # file: pytest's -k, together with RUN
     "test_attention.py": f"lse or asked or saved or tiny and ({SMALL})",
     "test_attention_window.py": "asked or two_kernels and (interpol or finer) "
     f"or test_windows and ({WINDOWS}) or test_forward and ({FORWARD})",
-    "test_attention_sm90.py": f"layouts or test_values and ({OF_SM90})",
+    "test_attention_sm90.py": f"layouts or which_kernels or test_values and ({OF_SM90})",
 }
 SANITIZED = SOON | {
     "test_attention.py": "tiny and (torch.bfloat16 and (5x13_mma or video_cls or class_tok or spans_of or fraction) "

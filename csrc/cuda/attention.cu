@@ -36,9 +36,7 @@ Tensor in_vectors(const Tensor& t) {
 
 template <typename Data>
 TokenRows<Data> aligned_rows(const char* name, Data data, const QueryStrides& strides, int64_t bytes) {
-  const bool aligned = is_aligned(data, 16) && strides.batch * bytes % 16 == 0 && strides.head * bytes % 16 == 0 &&
-                       strides.row * bytes % 16 == 0;
-  RELPOS_CHECK(aligned, "every row of ", name, " must start at a multiple of 16 bytes");
+  RELPOS_CHECK(rows_are_aligned(data, strides, bytes), "every row of ", name, " must start at a multiple of 16 bytes");
   return {data, strides.batch, strides.head, strides.row};
 }
 InRows in_rows(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens) {

@@ -6,6 +6,11 @@ namespace relpos {
 
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
+inline bool rows_are_aligned(const void* data, const QueryStrides& strides, int64_t bytes_of_element) {
+  return is_aligned(data, 16) && strides.batch * bytes_of_element % 16 == 0 &&
+         strides.head * bytes_of_element % 16 == 0 && strides.row * bytes_of_element % 16 == 0;
+}
+
 // Kernels read rows of the table by vectors of 16 bytes.
 inline void check_table_alignment(const Tensor& table) {
   RELPOS_CHECK(is_aligned(table.const_data_ptr(), 16), "table must start at a multiple of 16 bytes");

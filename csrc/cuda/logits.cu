@@ -20,11 +20,23 @@ void fill(LogitsParams& p, const Shape& s, const QueryStrides& strides, const Te
   RELPOS_CHECK(plan.refusal.empty(), plan.refusal);
   p.shape = s;
   p.q = {q.const_data_ptr(), strides.batch, strides.head, strides.row};
+  p.whole_vectors_of_q = rows_are_aligned(p.q.data, strides, q.element_size());
   p.table = table.const_data_ptr();
   p.index = index.const_data_ptr<int32_t>();
   p.block_rows = plan.block_rows;
   p.factor_ld = plan.factor_ld;
   p.q_ld = plan.q_ld;
+}
+
+// Where image rows of keys are whole vectors and a warp loads whole image rows at once.
+template <typename S>
+int line_lanes_log2(const LogitsParams& p) {
+  constexpr int V = kVector<S>;
+  const int keys_w = p.shape.axis[kW].keys;
+  if (!p.whole_vectors || p.shape.prefix || keys_w % V || 32 * V % keys_w) return -1;
+  int log2 = 0;
+  while (V << log2 < keys_w) ++log2;
+  return log2;
 }
 
 void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, const Tensor& table,
@@ -48,6 +60,7 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
     p.out = out.mutable_data_ptr();
     const bool slabs = plan.block_rows * s.N() * static_cast<int64_t>(sizeof(S)) % 16 == 0;
     p.whole_vectors = slabs && is_aligned(p.logits, 16) && is_aligned(p.out, 16);
+    p.line_lanes_log2 = line_lanes_log2<S>(p);
     p.by_n = FastDiv(static_cast<int>(s.N()));
     p.by_keys_w = FastDiv(s.axis[kW].keys);
     p.by_keys_h = FastDiv(s.axis[kH].keys);
@@ -79,11 +92,8 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
       p.grad = grad.const_data_ptr();
       p.dq = dq ? dq->mutable_data_ptr() : nullptr;
       p.dfactors = dtable ? factors->mutable_data_ptr<float>() : nullptr;
-      const int keys_w = s.axis[kW].keys;
       p.whole_vectors = is_aligned(p.grad, 16);
-      const bool whole_lines = keys_w % kVector<S> == 0 && 32 * kVector<S> % keys_w == 0;
-      if (p.whole_vectors && s.prefix == 0 && whole_lines)
-        for (p.line_lanes_log2 = 0; kVector<S> << p.line_lanes_log2 < keys_w;) ++p.line_lanes_log2;
+      p.line_lanes_log2 = line_lanes_log2<S>(p);
       p.by_quads = FastDiv(ceil_div(s.D, 4));
       auto kernel = logits_bwd_kernel<S, T, false>;
       if constexpr (sizeof(T) == 2)

@@ -257,7 +257,7 @@ __device__ __forceinline__ void query_gradient_mma(const LogitsBwdParams& p, con
 
 // S: gradient of the logits; T: q, dq and table; MMA: dq on tensor cores.
 template <typename S, typename T, bool MMA>
-__global__ void __launch_bounds__(kThreads, 2) logits_bwd_kernel(const LogitsBwdParams p) {
+__global__ void __launch_bounds__(kThreads, 3) logits_bwd_kernel(const LogitsBwdParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
   const BackwardShared at = backward_shared(p.shape, p.block_rows, p.factor_ld, p.q_ld, MMA);
   RowOfTile* rows = reinterpret_cast<RowOfTile*>(shared + at.rows);

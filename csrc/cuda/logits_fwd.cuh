@@ -11,7 +11,9 @@
 //              it starts at a whole vector, or else (a view at an odd offset) is streamed by elements
 //
 //   grid     (ceil(rows / block_rows)): rows of all groups, one after another.
-//   thread   its share of the factors, then every 256th vector of the slab, kUnroll loads in flight.
+//   thread   its share of the factors, then every 256th vector of the slab, or every 32nd of every 8th row, whose
+//   columns
+//            are always the same; kUnroll loads in flight.
 //   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, q [block_rows, q_ld].
 //   barriers rows are located; ranges, q and zeros are there; factors are complete.
 #pragma once
@@ -83,9 +85,43 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
   }
 }
 
+// Where image rows of keys are whole vectors and a warp loads whole image rows at once, a lane meets the same columns
+// in every vector: their factors stay in its registers.
+template <typename S>
+__device__ __forceinline__ void stream_row(const LogitsFwdParams& p, const float* factors, int64_t row) {
+  constexpr int V = kVector<S>, kUnroll = 4;
+  const int lane = threadIdx.x % 32, lanes_log2 = p.line_lanes_log2, at_once = 32 >> lanes_log2;
+  const int line = lane >> lanes_log2, own = lane & ((1 << lanes_log2) - 1), keys_o = p.shape.outer_keys();
+  const int64_t start = row * p.shape.N() + own * V;
+  const S* logits = static_cast<const S*>(p.logits) + start;
+  S* out = static_cast<S*>(p.out) + start;
+  float inner[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) inner[i] = factors[p.shape.axis[kW].factor + own * V + i];
+  for (int o0 = line; o0 < keys_o; o0 += kUnroll * at_once) {
+    uint4 regs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int o = o0 + u * at_once;
+      if (o < keys_o) regs[u] = load_stream(logits + (static_cast<int64_t>(o) << lanes_log2) * V);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int o = o0 + u * at_once;
+      if (o >= keys_o) break;
+      const float outer = outer_factor(p, factors, o);
+      float x[V];
+      unpack<S>(regs[u], x);
+#pragma unroll
+      for (int i = 0; i < V; ++i) x[i] += outer + inner[i];
+      *reinterpret_cast<uint4*>(out + (static_cast<int64_t>(o) << lanes_log2) * V) = pack<S>(x);
+    }
+  }
+}
+
 // S: logits; T: q and table; MMA: factors on tensor cores.
 template <typename S, typename T, bool MMA>
-__global__ void __launch_bounds__(kThreads, 2) logits_fwd_kernel(const LogitsFwdParams p) {
+__global__ void __launch_bounds__(kThreads, MMA ? 4 : 3) logits_fwd_kernel(const LogitsFwdParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
   const ForwardShared at = forward_shared(p.block_rows, p.factor_ld, p.q_ld, MMA);
   RowOfTile* rows = reinterpret_cast<RowOfTile*>(shared + at.rows);
@@ -118,7 +154,11 @@ __global__ void __launch_bounds__(kThreads, 2) logits_fwd_kernel(const LogitsFwd
   }
   __syncthreads();
 
-  stream_slab<S>(p, factors, first_row, count);
+  if (p.line_lanes_log2 >= 0)
+    for (int row = threadIdx.x / 32; row < count; row += kWarps)
+      stream_row<S>(p, factors + row * p.factor_ld, first_row + row);
+  else
+    stream_slab<S>(p, factors, first_row, count);
 }
 
 }  // namespace relpos

@@ -24,6 +24,7 @@ void launch_table_gradient(const OnDevice& device, const Shape& s, const QuerySt
   TableGradParams p;
   p.shape = s;
   p.q = {q.const_data_ptr(), strides.batch, strides.head, strides.row};
+  p.whole_vectors_of_q = rows_are_aligned(p.q.data, strides, q.element_size());
   p.index = index.const_data_ptr<int32_t>();
   p.dfactors = factors.const_data_ptr<float>();
   p.partials = partials.mutable_data_ptr<float>();
@@ -46,7 +47,7 @@ void launch_table_gradient(const OnDevice& device, const Shape& s, const QuerySt
       if (mma) kernel = table_partial_kernel<T, true>;
     device.launch(kernel, dim3(coordinates, p.splits), kThreads, table_partial_shared(mma), p);
   });
-  device.launch(table_sum_kernel, dim3(s.table_rows()), kThreads, 0, p);
+  device.launch(table_sum_kernel, dim3(s.table_rows()), kSumThreads, kTableSumShared, p);
 }
 
 }  // namespace relpos

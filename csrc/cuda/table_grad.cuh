@@ -5,12 +5,16 @@
 //
 //   partial_kernel: a product of the factor gradients, transposed, with q, 32 queries at a time
 //     grid     (query coordinates of all axes, splits): a block sums a fixed share of the queries of its coordinate.
-//     thread   eight threads stage one query; tensor cores: a warp's share of a tile of 64 keys x 128 elements of D;
+//     thread   eight threads stage one query, q by 16 bytes where it lies so; tensor cores: a warp's share of a tile
+//              of 64 keys x 128 elements of D;
 //              else (x, y) of 16 x 16 takes keys y, y + 16, .. and elements x, x + 16, ..
 //     shared   factors [32, 64] and q [32, 128], as float or, padded, as high, low and q in the type of q.
 //     barriers two per 32 queries: they are there; they may be overwritten.
 //   sum_kernel
-//     grid     (table rows); thread: elements of D; no shared memory, no barrier.
+//     grid     (table rows).
+//     thread   an element of D, and a share of all pairs of c and split, one after another, kSumAtOnce loads in flight.
+//     shared   sums of the shares and what rounding took from them, [shares, elements] each, added in order.
+//     barriers two per kSumThreads elements: sums are there; they may be overwritten.
 #pragma once
 #include "tile/mma.cuh"
 #include "tile/rows.cuh"
@@ -48,8 +52,9 @@ __device__ __forceinline__ void find_query(const TableGradParams& p, const GradB
   q_offset = batch * p.q.batch + head * p.q.head + m * p.q.row;
 }
 
-// Stages queries u0 .. u0 + 31: put_factor(query, key, x), put_q(query, d, x), zero past the end of anything.
-template <typename T, typename F, typename G>
+// Stages queries u0 .. u0 + 31: put_factor(query, key, x), put_q(query, d, x), zero past the end of anything. x of q is
+// an element or, with VECTORS and where q lies so, 16 bytes of them.
+template <typename T, bool VECTORS, typename F, typename G>
 __device__ __forceinline__ void stage_share(const TableGradParams& p, const GradBlock& block, int64_t u0, int i0,
                                             int d0, F&& put_factor, G&& put_q) {
   const Axis& axis = p.shape.axis[block.a];
@@ -62,6 +67,12 @@ __device__ __forceinline__ void stage_share(const TableGradParams& p, const Grad
   for (int i = first; i < kProductRows; i += kStagers)
     put_factor(query, i, exists && i0 + i < axis.keys ? factors[i] : 0.f);
   const int width = min(kProductColumns, round_up(p.shape.D - d0, kGradSide));
+  if constexpr (VECTORS)
+    if (p.whole_vectors_of_q) {
+      for (int d = first * kVector<T>; d < width; d += kStagers * kVector<T>)
+        put_q(query, d, exists && d0 + d < p.shape.D ? *reinterpret_cast<const uint4*>(q + d) : make_uint4(0, 0, 0, 0));
+      return;
+    }
   for (int d = first; d < width; d += kStagers)
     put_q(query, d, exists && d0 + d < p.shape.D ? q[d] : from_float<T>(0.f));
 }
@@ -77,10 +88,10 @@ __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const Gr
   const WarpShare mine(kProductRows, columns);
   float acc[kProductBlocks][4] = {};
   for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
-    stage_share<T>(
+    stage_share<T, true>(
         p, block, u0, i0, d0,
         [&](int query, int i, float x) { split(x, high[query * kFactorLd + i], low[query * kFactorLd + i]); },
-        [&](int query, int d, T x) { q_smem[query * kQLd + d] = x; });
+        [&](int query, int d, auto x) { *reinterpret_cast<decltype(x)*>(q_smem + query * kQLd + d) = x; });
     __syncthreads();
     accumulate<T, true>(acc, mine, high, low, kFactorLd, q_smem, kQLd);
     __syncthreads();
@@ -98,7 +109,7 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
   const int keys = p.shape.axis[block.a].keys, x = threadIdx.x % kGradSide, y = threadIdx.x / kGradSide;
   float acc[kGradKeysPerThread][kGradDPerThread] = {};
   for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
-    stage_share<T>(
+    stage_share<T, false>(
         p, block, u0, i0, d0, [&](int query, int i, float f) { factors_smem[query * kProductRows + i] = f; },
         [&](int query, int d, T e) { q_smem[query * kProductColumns + d] = to_float(e); });
     __syncthreads();
@@ -128,7 +139,7 @@ constexpr int64_t table_partial_shared(bool mma) {
 }
 
 template <typename T, bool MMA>
-__global__ void __launch_bounds__(kThreads, 2) table_partial_kernel(const TableGradParams p) {
+__global__ void __launch_bounds__(kThreads, 3) table_partial_kernel(const TableGradParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
   const GradBlock block = grad_block(p);
   const Axis& axis = p.shape.axis[block.a];
@@ -142,26 +153,65 @@ __global__ void __launch_bounds__(kThreads, 2) table_partial_kernel(const TableG
     }
 }
 
-__global__ void __launch_bounds__(kThreads, 2) table_sum_kernel(const TableGradParams p) {
+constexpr int kSumThreads = 512, kSumAtOnce = 8;
+
+// Partial sums first .. last of a table row, counted query coordinate by query coordinate, split by split. Compensated:
+// those of many queries meet here one by one.
+__device__ __forceinline__ void sum_share(const TableGradParams& p, const Axis& axis, const int32_t* key_of, int d,
+                                          int64_t first, int64_t last, float& sum, float& lost) {
+  int c = static_cast<int>(first / p.splits), split = static_cast<int>(first % p.splits);
+  for (; first < last; first += kSumAtOnce) {
+    int64_t at[kSumAtOnce];  // first all keys, then all sums: loads that do not wait for each other
+#pragma unroll
+    for (int u = 0; u < kSumAtOnce; ++u) {
+      const int key = first + u < last ? key_of[static_cast<int64_t>(c) * axis.rows] : -1;
+      const int64_t pair = axis.index + static_cast<int64_t>(c) * axis.keys + key;
+      at[u] = key >= 0 ? (split * p.pairs + pair) * p.shape.D + d : -1;
+      if (++split == p.splits) split = 0, ++c;
+    }
+    float part[kSumAtOnce];
+#pragma unroll
+    for (int u = 0; u < kSumAtOnce; ++u) part[u] = at[u] >= 0 ? p.partials[at[u]] : 0.f;
+#pragma unroll
+    for (int u = 0; u < kSumAtOnce; ++u) {
+      const float x = part[u] - lost, next = sum + x;
+      lost = (next - sum) - x;
+      sum = next;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kSumThreads, 2) table_sum_kernel(const TableGradParams p) {
+  RELPOS_DYNAMIC_SHARED(shared);
+  float* sums = reinterpret_cast<float*>(shared);
+  float* losts = sums + kSumThreads;
   const Shape& s = p.shape;
   int a = 0;
   while (static_cast<int>(blockIdx.x) >= s.axis[a].first_row + s.axis[a].rows) ++a;
   const Axis& axis = s.axis[a];
   const int32_t* key_of = p.index + axis.inverse + (blockIdx.x - axis.first_row);
-  for (int d = threadIdx.x; d < s.D; d += blockDim.x) {
-    float sum = 0.f, lost = 0.f;  // compensated: partial sums of many queries meet here one by one
-    for (int c = 0; c < axis.queries; ++c) {
-      const int key = key_of[static_cast<int64_t>(c) * axis.rows];
-      if (key < 0) continue;
-      const int64_t pair = axis.index + static_cast<int64_t>(c) * axis.keys + key;
-      for (int split = 0; split < p.splits; ++split) {
-        const float x = p.partials[(split * p.pairs + pair) * s.D + d] - lost, next = sum + x;
-        lost = (next - sum) - x;
+  const int width = min(round_up(s.D, 32), kSumThreads), shares = kSumThreads / width;
+  const int x = threadIdx.x % width, share = threadIdx.x / width;
+  const int64_t all = static_cast<int64_t>(axis.queries) * p.splits;
+  for (int d = x; d - x < s.D; d += width) {
+    float sum = 0.f, lost = 0.f;
+    if (share < shares && d < s.D)
+      sum_share(p, axis, key_of, d, all * share / shares, all * (share + 1) / shares, sum, lost);
+    sums[threadIdx.x] = sum;
+    losts[threadIdx.x] = lost;
+    __syncthreads();
+    if (share == 0 && d < s.D) {
+      for (int other = 1; other < shares; ++other) {
+        const float more = sums[other * width + x] - (lost + losts[other * width + x]), next = sum + more;
+        lost = (next - sum) - more;
         sum = next;
       }
+      p.dtable[static_cast<int64_t>(blockIdx.x) * s.D + d] = sum;
     }
-    p.dtable[static_cast<int64_t>(blockIdx.x) * s.D + d] = sum;
+    __syncthreads();
   }
 }
+
+constexpr int64_t kTableSumShared = 2 * kSumThreads * int64_t{sizeof(float)};
 
 }  // namespace relpos

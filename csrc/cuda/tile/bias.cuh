@@ -92,8 +92,29 @@ __device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const 
 }
 
 // The tile's queries in shared memory: as they are for the tensor cores, else as float. Zero past D and past `count`.
+template <typename T>
+__device__ __forceinline__ void stage_queries_by_vectors(const FactorTile& tile, const LogitsParams& p, T* q_smem) {
+  constexpr int V = kVector<T>, kUnroll = 3;
+  const T* q = static_cast<const T*>(p.q.data);
+  const int in_row = p.q_ld / V, vectors = p.block_rows * in_row;
+  for (int v0 = threadIdx.x; v0 < vectors; v0 += kUnroll * kThreads) {
+    uint4 regs[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int v = v0 + u * kThreads, row = v / in_row, d = (v - row * in_row) * V;
+      const bool exists = row < tile.count && d < p.shape.D;
+      regs[u] = exists ? *reinterpret_cast<const uint4*>(q + tile.rows[row].q_offset + d) : make_uint4(0, 0, 0, 0);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (v0 + u * kThreads < vectors) *reinterpret_cast<uint4*>(q_smem + (v0 + u * kThreads) * V) = regs[u];
+  }
+}
+
 template <typename T, typename U>
 __device__ __forceinline__ void stage_queries(const FactorTile& tile, const LogitsParams& p, U* q_smem) {
+  if constexpr (sizeof(U) == 2)
+    if (p.whole_vectors_of_q) return stage_queries_by_vectors(tile, p, q_smem);
   const T* q = static_cast<const T*>(p.q.data);
   const int width = p.q_ld, rows = sizeof(U) == 2 ? p.block_rows : tile.count;
   for (int i = threadIdx.x; i < rows * width; i += kThreads) {
