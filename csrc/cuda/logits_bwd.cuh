@@ -36,13 +36,13 @@ __device__ __forceinline__ void sum_row_in_registers(const SumRow& to, const S* 
   const int lane = threadIdx.x % 32, lanes = 1 << lanes_log2, at_once = 32 >> lanes_log2;
   const int keys_o = to.shape.outer_keys(), line = lane >> lanes_log2, own = lane & (lanes - 1);
   float column[V] = {};
-  for (int o0 = 0; o0 < keys_o; o0 += kUnroll * at_once) {
+  grad += lane * V;
+  for (int o0 = 0; o0 < keys_o; o0 += kUnroll * at_once, grad += kUnroll * 32 * V) {
     uint4 regs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int o = o0 + u * at_once + line;
-      regs[u] =
-          o < keys_o ? load_stream(grad + ((static_cast<int64_t>(o) << lanes_log2) + own) * V) : make_uint4(0, 0, 0, 0);
+      regs[u] = o < keys_o ? load_stream(grad + u * 32 * V) : make_uint4(0, 0, 0, 0);
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {

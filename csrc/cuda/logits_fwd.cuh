@@ -90,31 +90,31 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
 template <typename S>
 __device__ __forceinline__ void stream_row(const LogitsFwdParams& p, const float* factors, int64_t row) {
   constexpr int V = kVector<S>, kUnroll = 4;
-  const int lane = threadIdx.x % 32, lanes_log2 = p.line_lanes_log2, at_once = 32 >> lanes_log2;
-  const int line = lane >> lanes_log2, own = lane & ((1 << lanes_log2) - 1), keys_o = p.shape.outer_keys();
-  const int64_t start = row * p.shape.N() + own * V;
+  const int lane = threadIdx.x % 32, vectors = p.shape.outer_keys() << p.line_lanes_log2;
+  const int own = lane & ((1 << p.line_lanes_log2) - 1);
+  const int64_t start = row * p.shape.N() + lane * V;
   const S* logits = static_cast<const S*>(p.logits) + start;
   S* out = static_cast<S*>(p.out) + start;
   float inner[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) inner[i] = factors[p.shape.axis[kW].factor + own * V + i];
-  for (int o0 = line; o0 < keys_o; o0 += kUnroll * at_once) {
+  for (int v = lane; v < vectors; v += kUnroll * 32, logits += kUnroll * 32 * V, out += kUnroll * 32 * V) {
     uint4 regs[kUnroll];
+    float outer[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (v + u * 32 < vectors) regs[u] = load_stream(logits + u * 32 * V);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      if (v + u * 32 < vectors) outer[u] = outer_factor(p, factors, (v + u * 32) >> p.line_lanes_log2);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int o = o0 + u * at_once;
-      if (o < keys_o) regs[u] = load_stream(logits + (static_cast<int64_t>(o) << lanes_log2) * V);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int o = o0 + u * at_once;
-      if (o >= keys_o) break;
-      const float outer = outer_factor(p, factors, o);
+      if (v + u * 32 >= vectors) break;
       float x[V];
       unpack<S>(regs[u], x);
 #pragma unroll
-      for (int i = 0; i < V; ++i) x[i] += outer + inner[i];
-      *reinterpret_cast<uint4*>(out + (static_cast<int64_t>(o) << lanes_log2) * V) = pack<S>(x);
+      for (int i = 0; i < V; ++i) x[i] += outer[u] + inner[i];
+      *reinterpret_cast<uint4*>(out + u * 32 * V) = pack<S>(x);
     }
   }
 }
