@@ -61,7 +61,7 @@ SILENT = (SOON if EVERYTHING else SANITIZED) | {
     f"or test_forward and ({FORWARD})",
 }
 LATER = {
-    "test_logits.py": "random or tiny and (longer or one_row)",
+    "test_logits.py": "random or strides or tiny and (longer or one_row)",
     "test_attention.py": "large_bias or huge or whole_table or strides or scale or saved "
     f"or tiny and ({SMALL} or axes or fewer)",
     "test_attention_window.py": f"extremes or packed or {WINDOWS} or 13x13",

@@ -47,7 +47,8 @@ void launch_table_gradient(const OnDevice& device, const Shape& s, const QuerySt
       if (mma) kernel = table_partial_kernel<T, true>;
     device.launch(kernel, dim3(coordinates, p.splits), kThreads, table_partial_shared(mma), p);
   });
-  device.launch(table_sum_kernel, dim3(s.table_rows()), kSumThreads, kTableSumShared, p);
+  const dim3 rows(s.table_rows(), ceil_div(s.D, kSumThreads));
+  device.launch(table_sum_kernel, rows, kSumThreads, kTableSumShared, p);
 }
 
 }  // namespace relpos

@@ -11,10 +11,10 @@
 //     shared   factors [32, 64] and q [32, 128], as float or, padded, as high, low and q in the type of q.
 //     barriers two per 32 queries: they are there; they may be overwritten.
 //   sum_kernel
-//     grid     (table rows).
+//     grid     (table rows, ceil(D / kSumThreads)).
 //     thread   an element of D, and a share of all pairs of c and split, one after another, kSumAtOnce loads in flight.
 //     shared   sums of the shares and what rounding took from them, [shares, elements] each, added in order.
-//     barriers two per kSumThreads elements: sums are there; they may be overwritten.
+//     barriers sums are there.
 #pragma once
 #include "tile/mma.cuh"
 #include "tile/rows.cuh"
@@ -191,25 +191,21 @@ __global__ void __launch_bounds__(kSumThreads, 2) table_sum_kernel(const TableGr
   const Axis& axis = s.axis[a];
   const int32_t* key_of = p.index + axis.inverse + (blockIdx.x - axis.first_row);
   const int width = min(round_up(s.D, 32), kSumThreads), shares = kSumThreads / width;
-  const int x = threadIdx.x % width, share = threadIdx.x / width;
+  const int x = threadIdx.x % width, share = threadIdx.x / width, d = static_cast<int>(blockIdx.y) * kSumThreads + x;
   const int64_t all = static_cast<int64_t>(axis.queries) * p.splits;
-  for (int d = x; d - x < s.D; d += width) {
-    float sum = 0.f, lost = 0.f;
-    if (share < shares && d < s.D)
-      sum_share(p, axis, key_of, d, all * share / shares, all * (share + 1) / shares, sum, lost);
-    sums[threadIdx.x] = sum;
-    losts[threadIdx.x] = lost;
-    __syncthreads();
-    if (share == 0 && d < s.D) {
-      for (int other = 1; other < shares; ++other) {
-        const float more = sums[other * width + x] - (lost + losts[other * width + x]), next = sum + more;
-        lost = (next - sum) - more;
-        sum = next;
-      }
-      p.dtable[static_cast<int64_t>(blockIdx.x) * s.D + d] = sum;
-    }
-    __syncthreads();
+  float sum = 0.f, lost = 0.f;
+  if (share < shares && d < s.D)
+    sum_share(p, axis, key_of, d, all * share / shares, all * (share + 1) / shares, sum, lost);
+  sums[threadIdx.x] = sum;
+  losts[threadIdx.x] = lost;
+  __syncthreads();
+  if (share != 0 || d >= s.D) return;
+  for (int other = 1; other < shares; ++other) {
+    const float more = sums[other * width + x] - (lost + losts[other * width + x]), next = sum + more;
+    lost = (next - sum) - more;
+    sum = next;
   }
+  p.dtable[static_cast<int64_t>(blockIdx.x) * s.D + d] = sum;
 }
 
 constexpr int64_t kTableSumShared = 2 * kSumThreads * int64_t{sizeof(float)};
