@@ -10,6 +10,7 @@ import torch
 import relpos_cuda
 from problems import MODELS, TINY, Problem, call, draw, run, same
 from relpos_cuda import reference
+from test_logits import compare
 
 ours = relpos_cuda.add_decomposed_rel_pos
 
@@ -55,6 +56,11 @@ def test_class_tokens_are_left_alone(device: str):
     out = call(ours, problem, leaves[0], leaves[1], leaves[2:])
     assert torch.equal(out[..., :2, :], leaves[0][..., :2, :])
     assert torch.equal(out[..., :2], leaves[0][..., :2])
+
+
+def test_heads_wider_than_a_block(device: str):
+    """The table's sum has 512 threads, one per element."""
+    compare(same("wide", 2, 3, 520, batch=1, heads=1), torch.bfloat16, device)
 
 
 def test_unused_table_rows_get_no_gradient(device: str):
