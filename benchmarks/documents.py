@@ -16,13 +16,12 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from .report import OURS, length_tables
+from .report import OURS, PASSES, length_tables
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 TABLE = re.compile(r"(<!-- table: (\w+) (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
-PASSES = ("forward", "forward + backward")
 
 # What ours is compared with, as the heading shows it; those that a file lacks are left out.
 COLUMNS = {
@@ -48,8 +47,9 @@ def written(text: str) -> str:
 
 
 def markdown(rows: Iterable[tuple[str, ...]]) -> str:
-    heading, *others = (f"| {' | '.join(row)} |\n" for row in rows)
-    return heading + "|---" * (heading.count(" | ") + 1) + "|\n" + "".join(others)
+    heading, *others = rows
+    lines = [f"| {' | '.join(row)} |\n" for row in (heading, *others)]
+    return lines[0] + "|---" * len(heading) + "|\n" + "".join(lines[1:])
 
 
 # ---- the tables
@@ -74,14 +74,14 @@ def summary(*results: dict) -> Iterable[tuple[str, ...]]:
     """The attention of several machines, both passes beside each other, of every kind of peer the fastest."""
     yield "", "layer", *(name for direction in PASSES for name in (direction, *KINDS))
     for result in results:
-        rows = [row for row in result["rows"] if row["op"] == "attention"]
+        rows = [row for row in result["rows"] if row["op"] == "attention" and not row.get("wrong")]
         for (shape, dtype), some in groupby(rows, lambda row: (row["shape"], row["dtype"])):
             of_layer = list(some)
             line: list[str] = []
             for direction in PASSES:
                 of_pass = [row for row in of_layer if row["pass"] == direction]
                 kinds = [[row for row in of_pass if row["peer"].startswith(kind)] for kind in ("ours", *KINDS)]
-                fastest = [min(right(kind), key=lambda row: row["milliseconds"], default=None) for kind in kinds]
+                fastest = [min(kind, key=lambda row: row["milliseconds"], default=None) for kind in kinds]
                 assert fastest[0]
                 line += cells(fastest[0], fastest[1:])
             yield machine(result["about"]), f"{shape}, {dtype}", *line
@@ -91,14 +91,10 @@ def cells(ours: dict, others: list[dict | None]) -> list[str]:
     def multiple(row: dict | None) -> str:
         if row is None:
             return ""
-        return f"{row['milliseconds'] / ours['milliseconds']:.1f} x" if right([row]) else "wrong"
+        return "wrong" if row.get("wrong") else f"{row['milliseconds'] / ours['milliseconds']:.1f} x"
 
     time = ours["milliseconds"]
     return [f"{time:.1f} ms" if time >= 5 else f"{time:.3f} ms", *map(multiple, others)]
-
-
-def right(rows: list[dict]) -> list[dict]:
-    return [row for row in rows if not row.get("wrong")]
 
 
 def machine(about: dict) -> str:

@@ -23,7 +23,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import OURS
+from .report import OURS, PASSES
 
 STYLE = {
     "svg.hashsalt": "relpos_cuda",  # the same file every time
@@ -47,7 +47,6 @@ COLORS = {  # by how the name of a peer begins
     "bare": "#2e4057",
 }
 OTHER = "#b0a8b9"
-PASSES = ("forward", "forward + backward")
 
 
 def color_of(peer: str) -> str:

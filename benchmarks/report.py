@@ -8,6 +8,7 @@ from itertools import groupby
 from .floors import floor_milliseconds
 
 OURS = {"attention": "ours", "logits": "ours, in place"}
+PASSES = ("forward", "forward + backward")  # that documents and plots show
 Table = list[tuple[str, ...]]
 
 

@@ -39,9 +39,9 @@ struct LogitsParams {
   const void* table = nullptr;     // [table rows, D], dtype of q
   const int32_t* index = nullptr;  // csrc/shapes.h
   int block_rows = 0, factor_ld = 0, q_ld = 0;
-  bool whole_vectors = false;  // logits may be read and written 16 bytes at a time
-  bool whole_vectors_of_q = false;
-  int line_lanes_log2 = -1;  // lanes that load one image row of keys, if a lane always meets the same columns
+  bool whole_vectors = false;       // logits may be read and written 16 bytes at a time
+  bool whole_vectors_of_q = false;  // the same of q
+  int line_lanes_log2 = -1;         // lanes that load one image row of keys, if a lane always meets the same columns
 };
 
 struct LogitsFwdParams : LogitsParams {

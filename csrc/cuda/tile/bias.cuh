@@ -91,7 +91,7 @@ __device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const 
   }
 }
 
-// The tile's queries in shared memory: as they are for the tensor cores, else as float. Zero past D and past `count`.
+// As the next function, for tensor cores, where rows of q begin at multiples of 16 bytes.
 template <typename T>
 __device__ __forceinline__ void stage_queries_by_vectors(const FactorTile& tile, const LogitsParams& p, T* q_smem) {
   constexpr int V = kVector<T>, kUnroll = 3;
@@ -111,6 +111,7 @@ __device__ __forceinline__ void stage_queries_by_vectors(const FactorTile& tile,
   }
 }
 
+// The tile's queries in shared memory: as they are for the tensor cores, else as float. Zero past D and past `count`.
 template <typename T, typename U>
 __device__ __forceinline__ void stage_queries(const FactorTile& tile, const LogitsParams& p, U* q_smem) {
   if constexpr (sizeof(U) == 2)
