@@ -48,12 +48,6 @@ inline const PairKernels* pair_kernels() {
   return nullptr;
 }
 
-// The same numbers, for either side of a product.
-template <typename E>
-struct Operands {
-  E *along, *across;
-};
-
 template <typename E>
 struct Attention : Problem<Sum<E>> {
   using C = Sum<E>;
@@ -71,27 +65,31 @@ struct Attention : Problem<Sum<E>> {
       this->run.gemm(g);
   }
   static int64_t room(int64_t numbers) { return kPairs ? elements<E>(numbers) : 0; }
-  // Rows of numbers as operands of products: themselves, or pairs made of them in these buffers, if not null.
-  Operands<E> operands(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>* along,
-                       const Buffer<E>* across) const {
+  // Rows of numbers as an operand of products: themselves, or pairs made of them in this room.
+  const E* across(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>& room) const {
     if constexpr (kPairs) {
-      const Operands<E> made = {along ? along->get() : nullptr, across ? across->get() : nullptr};
-      pairs->pack(made.along, made.across, numbers, ld, rows, columns);
-      return made;
+      pairs->pack(room.get(), numbers, ld, rows, columns);
+      return room.get();
     } else {
-      return {const_cast<E*>(numbers), const_cast<E*>(numbers)};
+      return numbers;
     }
   }
-  const E* across(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>& room) const {
-    return operands(numbers, ld, rows, columns, nullptr, &room).across;
+  // Where operands made of these numbers go.
+  E* place(const Buffer<C>& numbers, const Buffer<E>& room) const {
+    if constexpr (kPairs)
+      return room.get();
+    else
+      return numbers.get();
+  }
+  const BlockKernels<E>& block() const {
+    if constexpr (kPairs)
+      return pairs->block;
+    else
+      return steps.block;
   }
 
   // Rows [tokens of one group, D padded] of k, v and their like.
-  void load_rows(const Rows& from, int64_t group, int64_t first, int64_t count, C* to) const {
-    for (int64_t i = 0; i < count; ++i)
-      this->run.load(to + i * this->d_padded, from.at(this->shape, group, first + i), from.dtype, this->shape.D);
-  }
-  void store_rows(const Rows& to, int64_t group, int64_t count, const C* from) const {
+  void store_tokens(const Rows& to, int64_t group, int64_t count, const C* from) const {
     for (int64_t i = 0; i < count; ++i)
       this->run.store(to.at(this->shape, group, i), from + i * this->d_padded, to.dtype, this->shape.D);
   }
@@ -114,7 +112,6 @@ class Keys {
   Keys(const Attention<E>& p, int use)
       : along_(!kPairs || use & kAlong ? p.shape.N() * p.d_padded / kNumbers<E> : 0),
         across_(kPairs && use & kAcross ? elements<E>(p.shape.N()) * p.d_padded : 0),
-        two_rows_(kPairs ? 2 * p.d_padded : 0),
         use_(use) {}
   const E* along(const Attention<E>& p, int64_t first) const { return along_.get() + first * p.d_padded / kNumbers<E>; }
   const E* across(const Attention<E>& p, int64_t first) const {
@@ -122,14 +119,16 @@ class Keys {
   }
   void load(const Attention<E>& p, const Rows& from, int64_t group) const {
     const int64_t tokens = p.shape.N();
+    const auto row = [&](int64_t i) { return i < tokens ? from.at(p.shape, group, i) : nullptr; };
     if constexpr (!kPairs) {
-      p.load_rows(from, group, 0, tokens, along_.get());
+      p.load_rows(along_.get(), tokens, from.dtype, row);
     } else {
       for (int64_t i = 0; i < tokens; i += 2) {
-        const int64_t count = std::min<int64_t>(2, tokens - i), at = i * p.d_padded / 2;
-        p.load_rows(from, group, i, count, two_rows_.get());
-        p.pairs->pack(use_ & kAlong ? along_.get() + at : nullptr, use_ & kAcross ? across_.get() + at : nullptr,
-                      two_rows_.get(), p.d_padded, count, p.d_padded);
+        for (int64_t later : {i + kRowsAhead, i + kRowsAhead + 1})
+          if (later < tokens) prefetch(row(later), p.shape.D * bytes_of(from.dtype));
+        const int64_t at = i * p.d_padded / 2;
+        p.pairs->pack_rows(use_ & kAlong ? along_.get() + at : nullptr, use_ & kAcross ? across_.get() + at : nullptr,
+                           p.d_padded, row(i), row(i + 1), p.shape.D);
       }
     }
   }
@@ -137,7 +136,6 @@ class Keys {
  private:
   static constexpr bool kPairs = kNumbers<E> == 2;
   Buffer<E> along_, across_;
-  Buffer<Sum<E>> two_rows_;
   int use_;
 };
 
@@ -215,8 +213,8 @@ struct AttentionScratch {
 
 template <typename E, typename C = Sum<E>>
 void load_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C>* axes, const AttentionScratch<E>& mine) {
-  for (int64_t i = 0; i < tile.count; ++i)
-    p.run.load(mine.tile.q.get() + i * p.d_padded, p.q_row(tile.group, tile.token(p, i)), p.q_dtype, p.shape.D);
+  p.load_rows(mine.tile.q.get(), tile.count, p.q_dtype,
+              [&](int64_t i) { return p.q_row(tile.group, tile.token(p, i)); });
   if (tile.biased) compute_factors(p, tile.grid, axes, mine.tile);
 }
 
@@ -244,22 +242,35 @@ void load_strip(const Attention<E>& p, const QueryTile& tile, int64_t first, int
       outer[o * kStrip + i] = t[o / keys_h * kStrip + i] + h[o % keys_h * kStrip + i];
 }
 
-// The scores <q, k> of a strip and the keys first .. first + keys. `q` is an operand, [D, kStrip].
+// The product <q, k> of a strip and the keys first .. first + keys; q is an operand, [D, kStrip].
 template <typename E, typename C = Sum<E>>
-ScoreBlock<C> score_block(const Attention<E>& p, int64_t first, int64_t keys, int64_t lanes, const E* q,
+Gemm<E> score_product(const Attention<E>& p, int64_t first, int64_t keys, int64_t queries, const E* q,
+                      const AttentionScratch<E>& mine) {
+  return {keys,
+          padded<C>(queries),
+          elements<E>(p.shape.D),
+          mine.k.along(p, first),
+          elements<E>(p.d_padded),
+          1,
+          q,
+          kStrip,
+          mine.scores.get(),
+          kStrip,
+          false};
+}
+
+template <typename E, typename C = Sum<E>>
+ScoreBlock<C> score_block(const Attention<E>& p, int64_t first, int64_t keys, int64_t queries,
                           const AttentionScratch<E>& mine) {
-  const int64_t prefix = std::clamp<int64_t>(p.shape.prefix - first, 0, keys);
-  p.gemm({keys, lanes, elements<E>(p.shape.D), mine.k.along(p, first), elements<E>(p.d_padded), 1, q, kStrip,
-          mine.scores.get(), kStrip, false});
   ScoreBlock<C> block;
   block.scores = mine.scores.get();
   block.outer = mine.outer.get();
   block.inner = mine.inner.get();
-  block.prefix = prefix;
+  block.prefix = std::clamp<int64_t>(p.shape.prefix - first, 0, keys);
   block.first = std::max<int64_t>(first - p.shape.prefix, 0);
   block.keys = keys;
   block.columns = p.shape.axis[kW].keys;
-  block.lanes = lanes;
+  block.queries = queries;
   block.scale = p.scale;
   block.whole = keys == p.shape.N();
   return block;

@@ -105,6 +105,20 @@ void store_factor_gradients(const Attention<E>& p, int64_t first, int64_t count,
   p.steps.transpose(tile.h.get() + first * p.h_ld, p.h_ld, h, kStrip, keys_h, count, C{1});
 }
 
+// Gradients of scores, which are operands along queries, across keys.
+template <typename E>
+const E* across_of(const Attention<E>& p, const E* along, int64_t keys, int64_t lanes, const BackwardScratch<E>& mine) {
+  if constexpr (Attention<E>::kPairs) {
+    constexpr int64_t ld = kStrip / 2;
+    for (int64_t n = 0; n < keys; n += 2)
+      p.pairs->pack_rows(nullptr, mine.d_across.get() + n * ld, 0, along + n * ld,
+                         n + 1 < keys ? along + (n + 1) * ld : nullptr, lanes);
+    return mine.d_across.get();
+  } else {
+    return along;
+  }
+}
+
 template <typename E, typename C = Sum<E>>
 void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const BackwardScratch<E>& mine, C* dk, C* dv) {
   const Shape& s = p.shape;
@@ -114,24 +128,24 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
   const E* grad = p.across(mine.grad.get(), kStrip, s.D, lanes, mine.grad_pairs);
   const E* q_rows = p.across(mine.tile.q.get() + first * ld, ld, count, ld, mine.q_across);
   const E* grad_rows = p.across(mine.grad_rows.get() + first * ld, ld, count, ld, mine.grad_across);
+  E *weights = p.place(mine.scores, mine.score_pairs), *ds = p.place(mine.d_scores, mine.d_along);
   std::fill(mine.d_outer.get(), mine.d_outer.get() + s.outer_keys() * kStrip, C{});
   std::fill(mine.d_inner.get(), mine.d_inner.get() + s.axis[kW].keys * kStrip, C{});
   for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
     const int64_t keys = blocks.length(n);
-    const ScoreBlock<C> block = score_block(p, n, keys, lanes, q, mine);
+    p.gemm(score_product(p, n, keys, count, q, mine));
     C* d = mine.d_scores.get();
     p.gemm({keys, lanes, elements<E>(s.D), mine.v.along(p, n), elements<E>(ld), 1, grad, kStrip, d, kStrip, false});
-    p.steps.gradients(block, d, mine.lse.get(), mine.delta.get(), mine.d_outer.get(), mine.d_inner.get());
+    p.block().gradients(score_block(p, n, keys, count, mine), d, mine.lse.get(), mine.delta.get(), mine.d_outer.get(),
+                        mine.d_inner.get(), weights, ds);
     const auto add_rows = [&](const E* weights, const E* rows, C* to) {
       p.gemm({keys, ld, elements<E>(count), weights, elements<E>(kStrip), 1, rows, ld, to + n * ld, ld, true});
     };
-    const Operands<E> weights = p.operands(block.scores, kStrip, keys, count, &mine.score_pairs, nullptr),
-                      ds = p.operands(d, kStrip, keys, count, &mine.d_along, &mine.d_across);
-    if (p.to.dv.data) add_rows(weights.along, grad_rows, dv);
-    if (p.to.dk.data) add_rows(ds.along, q_rows, dk);
+    if (p.to.dv.data) add_rows(weights, grad_rows, dv);
+    if (p.to.dk.data) add_rows(ds, q_rows, dk);
     if (p.to.dq.data)
-      p.gemm({s.D, lanes, elements<E>(keys), mine.k.across(p, n), 1, ld, ds.across, kStrip, mine.dq.get(), kStrip,
-              n != 0});
+      p.gemm({s.D, lanes, elements<E>(keys), mine.k.across(p, n), 1, ld, across_of(p, ds, keys, lanes, mine), kStrip,
+              mine.dq.get(), kStrip, n != 0});
   }
 }
 
@@ -140,8 +154,8 @@ void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<
                     const BackwardScratch<E>& mine, C* dk, C* dv, C* dtable) {
   const Shape& s = p.shape;
   load_tile(p, tile, columns, mine);
-  for (int64_t i = 0; i < tile.count; ++i)
-    p.run.load(mine.grad_rows.get() + i * p.d_padded, p.grad.at(s, tile.group, tile.token(p, i)), p.grad.dtype, s.D);
+  p.load_rows(mine.grad_rows.get(), tile.count, p.grad.dtype,
+              [&](int64_t i) { return p.grad.at(s, tile.group, tile.token(p, i)); });
   for (int64_t first = 0; first < tile.count; first += kStrip) {
     const int64_t count = std::min(kStrip, tile.count - first);
     load_strip(p, tile, first, count, mine);
@@ -164,8 +178,8 @@ void store_key_gradients(const Backward<E>& p, int64_t group, int64_t parts, C* 
   for (int64_t part = 1; part < parts; ++part)
     for (int64_t i = 0; i < 2 * size; ++i) all[i] += all[part * 2 * size + i];
   for (int64_t i = 0; i < size; ++i) all[i] *= p.scale;
-  if (p.to.dk.data) p.store_rows(p.to.dk, group, p.shape.N(), all);
-  if (p.to.dv.data) p.store_rows(p.to.dv, group, p.shape.N(), all + size);
+  if (p.to.dk.data) p.store_tokens(p.to.dk, group, p.shape.N(), all);
+  if (p.to.dv.data) p.store_tokens(p.to.dv, group, p.shape.N(), all + size);
 }
 
 template <typename E, typename C = Sum<E>>

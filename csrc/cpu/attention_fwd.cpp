@@ -34,18 +34,19 @@ struct ForwardScratch : AttentionScratch<E> {
 };
 
 template <typename E, typename C = Sum<E>>
-void attend_strip(const Attention<E>& p, int64_t lanes, const ForwardScratch<E>& mine) {
+void attend_strip(const Attention<E>& p, int64_t count, const ForwardScratch<E>& mine) {
   const Shape& s = p.shape;
+  const int64_t lanes = padded<C>(count);
+  E* weights = p.place(mine.scores, mine.score_pairs);
   const KeyBlocks blocks(s.N());
   std::fill(mine.largest.get(), mine.largest.get() + lanes, -std::numeric_limits<C>::infinity());
   std::fill(mine.sum.get(), mine.sum.get() + lanes, C{});
   const E* q = p.across(mine.q.get(), kStrip, s.D, lanes, mine.q_pairs);
   for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
     const int64_t keys = blocks.length(n);
-    const ScoreBlock<C> block = score_block(p, n, keys, lanes, q, mine);
-    p.steps.softmax(block, mine.largest.get(), mine.sum.get(), mine.shrink.get());
+    p.block().softmax(score_product(p, n, keys, count, q, mine), score_block(p, n, keys, count, mine), weights,
+                      mine.largest.get(), mine.sum.get(), mine.shrink.get());
     if (n) p.steps.scale_lanes(mine.out.get(), mine.shrink.get(), s.D, lanes);
-    const E* weights = p.across(block.scores, kStrip, keys, lanes, mine.score_pairs);
     p.gemm({s.D, lanes, elements<E>(keys), mine.v.across(p, n), 1, p.d_padded, weights, kStrip, mine.out.get(), kStrip,
             n != 0});
   }
@@ -63,7 +64,7 @@ void forward_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C
   for (int64_t first = 0; first < tile.count; first += kStrip) {
     const int64_t count = std::min(kStrip, tile.count - first);
     load_strip(p, tile, first, count, mine);
-    attend_strip(p, padded<C>(count), mine);
+    attend_strip(p, count, mine);
     C* rows = mine.tile.q.get() + first * p.d_padded;  // these queries are not needed any more
     p.steps.transpose(rows, p.d_padded, mine.out.get(), kStrip, s.D, count, C{1});
     for (int64_t i = 0; i < count; ++i) {

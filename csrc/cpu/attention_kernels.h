@@ -15,23 +15,32 @@ constexpr int64_t kStrip = 64;  // queries side by side; leading dimension of al
 // The scores of some neighbouring keys: `prefix` class tokens, then grid keys from `first` on.
 template <typename C>
 struct ScoreBlock {
-  C* scores;                    // [keys, kStrip]: <q, k>, replaced by probabilities
+  C* scores;                    // [keys, kStrip]: of the product <q, k>, then work memory
   const C *outer, *inner;       // [image rows, kStrip], [columns, kStrip]: factors
   int64_t prefix, first, keys;  // keys counts the prefix, too
   int64_t columns;              // keys of an image row
-  int64_t lanes;                // of the strip, whole vectors
+  int64_t queries;              // of the strip; lanes up to whole vectors hold numbers, too
   C scale;
   bool whole;  // there are no other keys
 };
 
+// What products multiply (E) is written as they take it: numbers where they are, or pairs (pair_kernels.h).
+template <typename E, typename C = Sum<E>>
+struct BlockKernels {
+  // Scores are those of the product, times scale, + outer + inner; weights = e^(score - largest so far), across; sum =
+  // sum * shrink + sum of weights. shrink is e^(largest before - largest now): what earlier results are to be
+  // multiplied with.
+  void (*softmax)(const Gemm<E>& scores, const ScoreBlock<C>&, E* weights, C* largest, C* sum, C* shrink);
+  // Scores as above, of a product that is made; weights = e^(score - lse), d_scores = weights * (d - delta), along, and
+  // sums of these: d_outer over columns, d_inner over image rows. Of a whole block, delta is not read, and lse need not
+  // be exact. Numbers may go where they come from.
+  void (*gradients)(const ScoreBlock<C>&, const C* d, const C* lse, const C* delta, C* d_outer, C* d_inner, E* weights,
+                    E* d_scores);
+};
+
 template <typename C>
 struct AttentionKernels {
-  // score = scale * score + outer + inner; p = e^(score - largest so far); sum = sum * shrink + sum of p.
-  // shrink is e^(largest before - largest now): what earlier results are to be multiplied with.
-  void (*softmax)(const ScoreBlock<C>&, C* largest, C* sum, C* shrink);
-  // p = e^(score - lse), d = p * (d - delta) in place, and sums of d: d_outer over columns, d_inner over image rows.
-  // Of a whole block, delta is not read, and lse need not be exact.
-  void (*gradients)(const ScoreBlock<C>&, C* d, const C* lse, const C* delta, C* d_outer, C* d_inner);
+  BlockKernels<C> block;
   void (*scale_lanes)(C* block, const C* factor, int64_t rows, int64_t lanes);  // block is [rows, kStrip]
   // to[c, r] = factor * from[r, c]; rows up to whole vectors are written as zero.
   void (*transpose)(C* to, int64_t to_ld, const C* from, int64_t from_ld, int64_t rows, int64_t columns, C factor);

@@ -52,6 +52,13 @@ inline ScalarType wide_type_of(const Tensor& q) {
 inline int64_t bytes_of(Dtype t) { return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2; }
 
 // ---- queries and tables of one call, everything resolved
+constexpr int64_t kRowsAhead = 8;
+
+inline void prefetch(const void* row, int64_t bytes) {
+  constexpr int64_t kLine = 64;
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
 template <typename C>
 struct Problem {
   Shape shape;
@@ -68,6 +75,17 @@ struct Problem {
   }
   int64_t query(const Tile& t, int64_t i) const {  // token of the i-th query of a tile
     return shape.prefix + (t.line + i / t.columns) * shape.axis[kW].queries + t.column + i % t.columns;
+  }
+  // Rows at(0) .. at(count - 1) of D numbers each to rows of the compute type. Tokens of a packed qkv lie kilobytes
+  // apart, and no processor sees the next one coming.
+  template <typename At>
+  void load_rows(C* to, int64_t count, Dtype dtype, At&& at) const {
+    const int64_t bytes = shape.D * bytes_of(dtype);
+    for (int64_t i = 0; i < std::min(kRowsAhead, count); ++i) prefetch(at(i), bytes);
+    for (int64_t i = 0; i < count; ++i) {
+      if (i + kRowsAhead < count) prefetch(at(i + kRowsAhead), bytes);
+      run.load(to + i * d_padded, at(i), dtype, shape.D);
+    }
   }
   int64_t factor_ld(int a) const { return a == kT ? t_ld : a == kH ? h_ld : w_ld; }
 };
@@ -87,16 +105,15 @@ struct Scratch {
 
 template <typename C>
 void load_queries(const Problem<C>& p, const Tile& t, C* q) {
-  for (int64_t i = 0; i < t.queries(); ++i)
-    p.run.load(q + i * p.d_padded, p.q_row(t.group, p.query(t, i)), p.q_dtype, p.shape.D);
+  p.load_rows(q, t.queries(), p.q_dtype, [&](int64_t i) { return p.q_row(t.group, p.query(t, i)); });
 }
 
 template <typename C>
 Buffer<C> load_table(const Problem<C>& p, const Tensor& table) {
   Buffer<C> all(p.shape.table_rows() * p.d_padded);
   const char* src = static_cast<const char*>(table.const_data_ptr());
-  for (int64_t r = 0; r < p.shape.table_rows(); ++r)
-    p.run.load(all.get() + r * p.d_padded, src + r * p.shape.D * bytes_of(p.q_dtype), p.q_dtype, p.shape.D);
+  p.load_rows(all.get(), p.shape.table_rows(), p.q_dtype,
+              [&](int64_t r) { return src + r * p.shape.D * bytes_of(p.q_dtype); });
   return all;
 }
 

@@ -39,13 +39,31 @@ inline Vec<float> multiply_add(Vec<float> sum, Pair a, Words b) {
 }
 #endif
 
-template <typename E, int ROWS, int VECS>
-void gemm_block(const Gemm<E>& g, int64_t m0, int64_t n0) {
+// What becomes of sums: they are stored, or added to what is there.
+struct Stored {
+  template <typename E, int ROWS, int VECS, typename C = Sum<E>>
+  void operator()(const Gemm<E>& g, int64_t m0, int64_t n0, const Vec<C> (&sums)[ROWS][VECS]) const {
+    C* c = g.c + m0 * g.ldc + n0;
+    const int64_t ldc = g.ldc;
+    const auto each = [&](auto&& f) {
+#pragma GCC unroll 8  // else the sums take a way through memory
+      for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECS; ++v) f(c + r * ldc + v * kLanes<C>, sums[r][v]);
+    };
+    if (g.accumulate)
+      each([](C* at, Vec<C> sum) { store(at, load(at) + sum); });
+    else
+      each([](C* at, Vec<C> sum) { store(at, sum); });
+  }
+};
+
+template <typename E, int ROWS, int VECS, typename Finish>
+void gemm_block(const Gemm<E>& g, int64_t m0, int64_t n0, const Finish& finish) {
   using C = Sum<E>;
   constexpr int L = kLanes<C>;
   const E* a = g.a + m0 * g.a_row_stride;
   const E* b = g.b + n0;
-  C* c = g.c + m0 * g.ldc + n0;
   Vec<C> acc[ROWS][VECS] = {};
   for (int64_t k = 0; k < g.k; ++k, a += g.a_col_stride, b += g.ldb) {
     decltype(load(b)) row[VECS];
@@ -53,40 +71,29 @@ void gemm_block(const Gemm<E>& g, int64_t m0, int64_t n0) {
     for (int r = 0; r < ROWS; ++r)
       for (int v = 0; v < VECS; ++v) acc[r][v] = multiply_add(acc[r][v], a[r * g.a_row_stride], row[v]);
   }
-  const int64_t ldc = g.ldc;
-  const auto each = [&](auto&& f) {
-#pragma GCC unroll 8  // else the sums take a way through memory
-    for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) f(c + r * ldc + v * L, acc[r][v]);
-  };
-  if (g.accumulate)
-    each([](C* at, Vec<C> sum) { store(at, load(at) + sum); });
-  else
-    each([](C* at, Vec<C> sum) { store(at, sum); });
+  finish(g, m0, n0, acc);
 }
 
-template <typename E, int ROWS, int VECS>
-void gemm_rows(const Gemm<E>& g, int64_t m0, int64_t n0) {
+template <int ROWS, int VECS, typename E, typename Finish>
+void gemm_rows(const Gemm<E>& g, int64_t m0, int64_t n0, const Finish& finish) {
   if (g.m - m0 >= ROWS) {
-    gemm_block<E, ROWS, VECS>(g, m0, n0);
+    gemm_block<E, ROWS, VECS>(g, m0, n0, finish);
   } else if constexpr (ROWS > 1) {
-    gemm_rows<E, ROWS - 1, VECS>(g, m0, n0);
+    gemm_rows<ROWS - 1, VECS>(g, m0, n0, finish);
   }
 }
 
-template <typename E, int VECS>
-int64_t gemm_columns(const Gemm<E>& g, int64_t n0) {
+template <int VECS, typename E, typename Finish>
+void gemm_columns(const Gemm<E>& g, int64_t n0, const Finish& finish) {
   constexpr int L = kLanes<Sum<E>>;
   for (; n0 + VECS * L <= g.n; n0 += VECS * L)
-    for (int64_t m0 = 0; m0 < g.m; m0 += kGemmRows) gemm_rows<E, kGemmRows, VECS>(g, m0, n0);
-  if constexpr (VECS > 1) return gemm_columns<E, VECS / 2>(g, n0);
-  return n0;
+    for (int64_t m0 = 0; m0 < g.m; m0 += kGemmRows) gemm_rows<kGemmRows, VECS>(g, m0, n0, finish);
+  if constexpr (VECS > 1) gemm_columns<VECS / 2>(g, n0, finish);
 }
 
-// A few k at a time, for the same reason.
-template <typename E>
-void gemm(const Gemm<E>& g) {
+// A few k at a time, for the same reason; the last sums are finished as the caller wants.
+template <typename E, typename Finish>
+void gemm(const Gemm<E>& g, const Finish& finish) {
   constexpr int64_t kAtOnce = kShortSum / kNumbers<E>;
   Gemm<E> part = g;
   for (int64_t k = 0; k == 0 || k < g.k; k += kAtOnce) {
@@ -94,8 +101,15 @@ void gemm(const Gemm<E>& g) {
     part.a = g.a + k * g.a_col_stride;
     part.b = g.b + k * g.ldb;
     part.accumulate = g.accumulate || k != 0;
-    gemm_columns<E, kGemmVectors>(part, 0);
+    if (k + kAtOnce < g.k)
+      gemm_columns<kGemmVectors>(part, 0, Stored{});
+    else
+      gemm_columns<kGemmVectors>(part, 0, finish);
   }
+}
+template <typename E>
+void gemm(const Gemm<E>& g) {
+  gemm(g, Stored{});
 }
 
 }  // namespace

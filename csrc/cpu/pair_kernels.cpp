@@ -1,6 +1,7 @@
 // pair_kernels.cpp - the inner loops of pair_kernels.h.
 #include "pair_kernels.h"
 
+#include "attention_lanes.h"
 #include "gemm.h"
 #include "simd.h"
 
@@ -8,36 +9,32 @@ namespace relpos {
 namespace RELPOS_ISA {
 namespace {
 
-// Lanes of two vectors in turn: low half of each word from `first`, high half from `second`.
-inline __m512i interleave(__m512bh both) {
-  alignas(64) static constexpr uint16_t kOrder[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
-                                                      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-  return _mm512_permutexvar_epi16(_mm512_load_si512(kOrder), reinterpret_cast<__m512i>(both));
+void pack(Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r += 2)
+    for (int64_t c = 0; c < columns; c += kLanes<float>) {
+      const int64_t valid = columns - c < kLanes<float> ? columns - c : kLanes<float>;
+      const float* at = from + r * ld + c;
+      store_across(across + r / 2 * ld + c, {load_first(at, valid), load_first(at + ld, r + 1 == rows ? 0 : valid)});
+    }
 }
 
-void pack(Pair* along, Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; r += 2) {
-    const bool odd = r + 1 == rows;
-    for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const __mmask16 valid = columns - c < kLanes<float> ? first_lanes(columns - c) : 0xffff;
-      const __m512 first = _mm512_maskz_loadu_ps(valid, from + r * ld + c);
-      const __m512 second = _mm512_maskz_loadu_ps(odd ? 0 : valid, from + (r + 1) * ld + c);
-      const __m512bh both = _mm512_cvtne2ps_pbh(second, first);
-      if (across) _mm512_storeu_si512(across + r / 2 * ld + c, interleave(both));
-      if (!along) continue;
-      const __m512i rounded = reinterpret_cast<__m512i>(both);
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(along + (r * ld + c) / 2), _mm512_castsi512_si256(rounded));
-      if (!odd)
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(along + ((r + 1) * ld + c) / 2),
-                            _mm512_extracti64x4_epi64(rounded, 1));
-    }
+void pack_rows(Pair* along, Pair* across, int64_t ld, const void* first, const void* second, int64_t n) {
+  const auto *a = static_cast<const uint16_t*>(first), *b = static_cast<const uint16_t*>(second);
+  for (int64_t c = 0; c < n; c += kLanes<float>) {
+    const __mmask16 valid = n - c < kLanes<float> ? first_lanes(n - c) : 0xffff;
+    const __m256i low = _mm256_maskz_loadu_epi16(valid, a + c),
+                  high = b ? _mm256_maskz_loadu_epi16(valid, b + c) : __m256i{};
+    if (across) _mm512_storeu_si512(across + c, interleave(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1)));
+    if (!along) continue;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(along + c / 2), low);
+    if (b) _mm256_storeu_si256(reinterpret_cast<__m256i*>(along + (ld + c) / 2), high);
   }
 }
 
 }  // namespace
 
 extern const PairKernels kPairs;
-const PairKernels kPairs = {gemm<Pair>, pack};
+const PairKernels kPairs = {{softmax<Pair>, gradients<Pair>}, gemm<Pair>, pack, pack_rows};
 
 }  // namespace RELPOS_ISA
 }  // namespace relpos

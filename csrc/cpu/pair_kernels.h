@@ -9,15 +9,19 @@
 #pragma once
 #include <cstdint>
 
-#include "logits_kernels.h"
+#include "attention_kernels.h"
 
 namespace relpos {
 
 struct PairKernels {
+  BlockKernels<Pair> block;
   void (*gemm)(const Gemm<Pair>&);
-  // Numbers rounded to bfloat16, paired in either way or, where the pointer is null, not. What is beyond the last row
-  // of a pair or the last column of a vector is taken for zero: in a product, it may meet an infinity.
-  void (*pack)(Pair* along, Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns);
+  // Numbers rounded to bfloat16 and paired. What is beyond the last row of a pair or the last column of a vector is
+  // taken for zero: in a product, it may meet an infinity.
+  void (*pack)(Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns);
+  // Two rows of bfloat16, n numbers each, paired in either way or, where the pointer is null, not. The second may be
+  // null.
+  void (*pack_rows)(Pair* along, Pair* across, int64_t ld, const void* first, const void* second, int64_t n);
 };
 
 #ifdef RELPOS_HAVE_X86_ISAS
