@@ -122,39 +122,48 @@ inline void for_each_image_row(const ScoreBlock<C>& b, F&& f) {
 // Sums of many keys are sums of short sums: they lose less.
 inline int64_t short_sum(int64_t n, int64_t keys) { return n + 16 < keys ? n + 16 : keys; }
 
-// Sums of the product <q, k> become scores, and the largest of every lane is kept.
+// Sums of the product <q, k> become scores, and the largest of every lane is kept. Asked for keys one after another,
+// for some lanes after others.
 template <typename C>
-struct Biased {
-  const ScoreBlock<C>& block;
-  C* most;
+class Biased {
+ public:
+  Biased(const ScoreBlock<C>& block, C* most) : b_(block), most_(most) {}
 
   template <typename E, int ROWS, int VECS>
-  void operator()(const Gemm<E>& g, int64_t n0, int64_t lane, const Vec<C> (&sums)[ROWS][VECS]) const {
-    constexpr int L = kLanes<C>;
-    const ScoreBlock<C> b = block;
-    const bool accumulate = g.accumulate;
-    const int64_t first = b.first + (n0 > b.prefix ? n0 - b.prefix : 0);
-    const C *outer = b.outer + first / b.columns * kStrip + lane,
-            *inner = b.inner + first % b.columns * kStrip + lane, *const end = b.inner + b.columns * kStrip;
-    Vec<C> largest[VECS];
-    for (int v = 0; v < VECS; ++v) largest[v] = load(most + lane + v * L);
-#pragma GCC unroll 8  // as in gemm.h
-    for (int r = 0; r < ROWS; ++r) {
-      C* at = b.scores + (n0 + r) * kStrip + lane;
-      const bool biased = n0 + r >= b.prefix;
-#pragma GCC unroll 8
-      for (int v = 0; v < VECS; ++v) {
-        const Vec<C> s = accumulate ? load(at + v * L) + sums[r][v] : sums[r][v];
-        const Vec<C> y = s * b.scale + (biased ? load(outer + v * L) + load(inner + v * L) : Vec<C>{});
-        store(at + v * L, y);
-        largest[v] = max(y, largest[v]);
-      }
-      if (!biased) continue;
-      inner += kStrip;
-      if (inner >= end) inner -= b.columns * kStrip, outer += kStrip;
-    }
-    for (int v = 0; v < VECS; ++v) store(most + lane + v * L, largest[v]);
+  void operator()(const Gemm<E>& g, int64_t n0, int64_t lane, Vec<C> (&sums)[ROWS][VECS]) {
+    C* at = b_.scores + n0 * kStrip + lane;
+    if (g.accumulate) for_each<ROWS, VECS>([&](int r, int v) { sums[r][v] += load(at + r * kStrip + v * kLanes<C>); });
+    if (n0 == 0) inner_ = b_.inner + b_.first % b_.columns * kStrip, outer_ = b_.outer + b_.first / b_.columns * kStrip;
+    n0 < b_.prefix ? finish<true>(b_.prefix - n0, at, lane, sums) : finish<false>(0, at, lane, sums);
   }
+
+ private:
+  template <bool PREFIX, int ROWS, int VECS>
+  void finish(int64_t prefix, C* at, int64_t lane, const Vec<C> (&sums)[ROWS][VECS]) {
+    constexpr int L = kLanes<C>;
+    const int64_t row = b_.columns * kStrip;
+    const C scale = b_.scale;
+    const C *inner = inner_ + lane, *outer = outer_ + lane, *const end = b_.inner + row + lane;
+    Vec<C> largest[VECS];
+    for (int v = 0; v < VECS; ++v) largest[v] = load(most_ + lane + v * L);
+    for_each<ROWS, VECS>([&](int r, int v) {
+      const bool biased = !PREFIX || r >= prefix;
+      const Vec<C> bias = biased ? load(outer + v * L) + load(inner + v * L) : Vec<C>{}, y = sums[r][v] * scale + bias;
+      store(at + r * kStrip + v * L, y);
+      largest[v] = max(y, largest[v]);
+      if (v < VECS - 1 || !biased) return;
+      inner += kStrip;
+      const bool line_ends = inner == end;
+      inner -= line_ends ? row : 0;
+      outer += line_ends ? kStrip : 0;
+    });
+    for (int v = 0; v < VECS; ++v) store(most_ + lane + v * L, largest[v]);
+    inner_ = inner - lane, outer_ = outer - lane;
+  }
+
+  const ScoreBlock<C> b_;
+  C* most_;
+  const C *inner_ = nullptr, *outer_ = nullptr;  // of the next key
 };
 
 // Blocks come by value: what is stored cannot be part of them, so they are not read again after every store.
@@ -275,7 +284,7 @@ template <typename E, typename C = Sum<E>>
 void softmax(const Gemm<E>& scores, const ScoreBlock<C>& b, E* weights, C* largest, C* sum, C* shrink) {
   C most[kStrip];
   std::memcpy(most, largest, sizeof most);
-  gemm(scores, Biased<C>{b, most});
+  gemm(scores, Biased<C>(b, most));
   for_each_chunk<C>(padded<C>(b.queries), [&](auto vecs, int64_t lane) {
     softmax_lanes<E, decltype(vecs)::value>(b, lane, most, weights, largest, sum, shrink);
   });

@@ -39,27 +39,32 @@ inline Vec<float> multiply_add(Vec<float> sum, Pair a, Words b) {
 }
 #endif
 
+// Calls f(row, vector) for all sums of a block.
+template <int ROWS, int VECS, typename F>
+inline void for_each(F&& f) {
+#pragma GCC unroll 8  // else the sums take a way through memory
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < VECS; ++v) f(r, v);
+}
+
 // What becomes of sums: they are stored, or added to what is there.
 struct Stored {
   template <typename E, int ROWS, int VECS, typename C = Sum<E>>
   void operator()(const Gemm<E>& g, int64_t m0, int64_t n0, const Vec<C> (&sums)[ROWS][VECS]) const {
     C* c = g.c + m0 * g.ldc + n0;
     const int64_t ldc = g.ldc;
-    const auto each = [&](auto&& f) {
-#pragma GCC unroll 8  // else the sums take a way through memory
-      for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < VECS; ++v) f(c + r * ldc + v * kLanes<C>, sums[r][v]);
-    };
+    const auto at = [=](int r, int v) { return c + r * ldc + v * kLanes<C>; };
     if (g.accumulate)
-      each([](C* at, Vec<C> sum) { store(at, load(at) + sum); });
+      for_each<ROWS, VECS>([&](int r, int v) { store(at(r, v), load(at(r, v)) + sums[r][v]); });
     else
-      each([](C* at, Vec<C> sum) { store(at, sum); });
+      for_each<ROWS, VECS>([&](int r, int v) { store(at(r, v), sums[r][v]); });
   }
 };
 
+// A function of its own, that k may have all registers.
 template <typename E, int ROWS, int VECS, typename Finish>
-void gemm_block(const Gemm<E>& g, int64_t m0, int64_t n0, const Finish& finish) {
+__attribute__((noinline)) void gemm_block(const Gemm<E>& g, int64_t m0, int64_t n0, Finish&& finish) {
   using C = Sum<E>;
   constexpr int L = kLanes<C>;
   const E* a = g.a + m0 * g.a_row_stride;
@@ -75,7 +80,7 @@ void gemm_block(const Gemm<E>& g, int64_t m0, int64_t n0, const Finish& finish) 
 }
 
 template <int ROWS, int VECS, typename E, typename Finish>
-void gemm_rows(const Gemm<E>& g, int64_t m0, int64_t n0, const Finish& finish) {
+void gemm_rows(const Gemm<E>& g, int64_t m0, int64_t n0, Finish&& finish) {
   if (g.m - m0 >= ROWS) {
     gemm_block<E, ROWS, VECS>(g, m0, n0, finish);
   } else if constexpr (ROWS > 1) {
@@ -84,7 +89,7 @@ void gemm_rows(const Gemm<E>& g, int64_t m0, int64_t n0, const Finish& finish) {
 }
 
 template <int VECS, typename E, typename Finish>
-void gemm_columns(const Gemm<E>& g, int64_t n0, const Finish& finish) {
+void gemm_columns(const Gemm<E>& g, int64_t n0, Finish&& finish) {
   constexpr int L = kLanes<Sum<E>>;
   for (; n0 + VECS * L <= g.n; n0 += VECS * L)
     for (int64_t m0 = 0; m0 < g.m; m0 += kGemmRows) gemm_rows<kGemmRows, VECS>(g, m0, n0, finish);
@@ -93,7 +98,7 @@ void gemm_columns(const Gemm<E>& g, int64_t n0, const Finish& finish) {
 
 // A few k at a time, for the same reason; the last sums are finished as the caller wants.
 template <typename E, typename Finish>
-void gemm(const Gemm<E>& g, const Finish& finish) {
+void gemm(const Gemm<E>& g, Finish&& finish) {
   constexpr int64_t kAtOnce = kShortSum / kNumbers<E>;
   Gemm<E> part = g;
   for (int64_t k = 0; k == 0 || k < g.k; k += kAtOnce) {
