@@ -9,7 +9,6 @@ SAME = "the same number either way"
 NOT_READ = "the address of what is not read"
 MOVED = "all that is there, one element further, where there is room"
 SHOWN_AGAIN = "a later fence of the same thread, before TMA begins, shows it, too"
-BELOW_ROUNDING = "loses the low half of one element, less than the rounding of the result"
 
 HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a bug elsewhere
     "attention_bwd_keys.cuh: exists -> true | const int64_t m": NOT_READ,
@@ -33,7 +32,11 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_fwd_window.cuh: i > 0 -> true": SLOWER,
     "attention_fwd_sm90.cuh: p.keys.lines * p.keys.columns < BLOCKS * 8 -> true": SLOWER,
     "logits_bwd.cuh: o0 < keys_o -> o0 <= keys_o": ONE_MORE_ROUND,
-    "logits_bwd.cuh: v * V < shift + n -> v * V <= shift + n": DROPPED,
+    "logits_bwd.cuh: e < shift + n -> true | load_vector": DROPPED,
+    "logits_bwd.cuh: e < shift + n -> e <= shift + n": DROPPED,
+    "logits_bwd.cuh: p.line_lanes_log2 < 0 -> true": SLOWER,
+    "logits_bwd.cuh: p.line_lanes_log2 < 0 -> false": SLOWER,
+    "logits_bwd.cuh: is_small<S>(p.shape) -> false": SLOWER,
     "logits_bwd.cuh: at + V <= to.end -> false": SLOWER,
     "logits_bwd.cuh: width <= 32 -> false": SLOWER,
     "logits_bwd.cuh: width <= 32 -> true": SLOWER,
@@ -43,7 +46,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "logits_bwd.cuh: p.whole_vectors -> false": SLOWER,
     "logits_bwd.cuh: p.line_lanes_log2 >= 0 -> false": SLOWER,
     "logits_bwd.cuh: i0 < axis.keys -> i0 <= axis.keys": ONE_MORE_ROUND,
-    "logits_bwd.cuh: i < p.block_rows * kProductDepth -> i <= p.block_rows * kProductDepth": BELOW_ROUNDING,
+    "logits_bwd.cuh: row0 < p.block_rows -> row0 <= p.block_rows": ONE_MORE_ROUND,
     "logits_bwd.cuh: l0 <= ranges[2 * a + 1] -> l0 <= ranges[2 * a + 1] + 1": ONE_MORE_ROUND,
     "logits_fwd.cuh: p.whole_vectors -> false": SLOWER,
     "logits_fwd.cuh: n >= 0 -> false | && j + COUNT": SLOWER,
@@ -61,11 +64,11 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "table_grad.cuh: d0 + d * kGradSide < p.shape.D -> true": DROPPED,
     "table_grad.cuh: i0 < axis.keys -> i0 <= axis.keys": ONE_MORE_ROUND,
     "table_grad.cuh: d0 < p.shape.D -> d0 <= p.shape.D": ONE_MORE_ROUND,
-    "table_grad.cuh: (next - sum) - x -> 0.f": OTHER_ORDER,
     "tile/bias.cuh: item < strips * spans -> item <= strips * spans": DROPPED,
     "tile/bias.cuh: v0 < vectors -> v0 <= vectors": ONE_MORE_ROUND,
     "tile/bias.cuh: p.whole_vectors_of_q -> false": SLOWER,
     "tile/copy.cuh: aligned -> false": SLOWER,
+    "tile/long_sum.cuh: (next - sum) - missing -> 0.f": OTHER_ORDER,
     "tile/factor_gradients.cuh: line * ld + row -> line * ld + row + 1": MOVED,
     "tile/factor_gradients.cuh: l0 <= high -> l0 <= high + 1": ONE_MORE_ROUND,
     "tile/factor_gradients.cuh: ends_before<T>(d, p.shape.D) -> false": SLOWER,

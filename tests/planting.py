@@ -53,7 +53,7 @@ SLIPS = [
     ("logits_bwd.cuh", "begin % V", "0"),
     ("table_grad.cuh", "queries * (blockIdx.y + 1) / p.splits", "queries"),
     ("table_grad.cuh", "p.shape.prefix + (above * p.shape.axis[block.a].queries + block.c) * inner + below", "below"),
-    ("table_grad.cuh", "(next - sum) - x", "0.f"),
+    ("tile/long_sum.cuh", "(next - sum) - missing", "0.f"),
 ]
 
 

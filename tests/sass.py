@@ -30,7 +30,7 @@ from relpos_cuda import _build, _libraries, _toolchain
 from relpos_cuda._build import BuildError
 
 ARCHS = ("80", "90a")
-OTHER_ARCHS = ("86", "89", "100", "120") if EVERYTHING else ("120",)
+OTHER_ARCHS = ("86", "89", "100", "120")
 HEAD_DIMS = {"float32": (64,), "bfloat16": (64, 80, 96)}  # of the attention; float16 differs in two opcodes
 if EVERYTHING:
     HEAD_DIMS = dict.fromkeys(("float32", "bfloat16", "float16"), (64, 80, 96, 112, 128))

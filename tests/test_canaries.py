@@ -68,7 +68,7 @@ LATER = {
     "test_attention_sm90.py": f"extremes or layouts or other or {OF_SM90}",
 }
 RUN = "emulated and not torch.float16"  # emulator.FEW_KERNELS have none
-ONE_IN = {"barriers": 1 if EVERYTHING else 4, "others": 1 if EVERYTHING else 20}  # of every file
+ONE_IN = {"barriers": 1 if EVERYTHING else 4, "others": 1 if EVERYTHING else 30}  # of every file
 LATE = re.compile("cp_async|wgmma")
 ONE_THREAD = re.compile(r"(?:threadIdx\.x|lane)(?: % \d+)? == 0")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import sass
+from checks import EVERYTHING
 from machine_code import Kernel, name_of
 from problems import MODELS
 from relpos_cuda import _build, _loader
@@ -118,6 +119,7 @@ def test_the_library_loads(built: Built):
 
 @pytest.mark.slow
 @pytest.mark.skipif(bool(sass.no_nvcc()), reason=sass.no_nvcc())
+@pytest.mark.skipif(not EVERYTHING, reason="`make test-all` builds for them")
 def test_other_architectures():
     """With one head dimension of the attention."""
     library = sass.library(sass.OTHER_ARCHS, dict.fromkeys(sass.HEAD_DIMS, (64,)))

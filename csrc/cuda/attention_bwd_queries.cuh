@@ -8,6 +8,7 @@
 //   the picture, grid, thread and barriers: as in attention_fwd.cuh, one strip of 16 queries per warp; the sums:
 //   tile/query_gradients.cuh.
 #pragma once
+#include "tile/long_sum.cuh"
 #include "tile/query_gradients.cuh"
 
 namespace relpos {

@@ -9,7 +9,8 @@
 //   row m      +-----------------------+
 //
 //   grid     (ceil(rows / block_rows)).
-//   thread   a lane of the warp that sums every 8th row of the tile; then its share of dq, a product of the factor
+//   thread   a lane of the warp that sums every 8th row of the tile, streamed or, where the grid does not allow it,
+//            through a buffer; then its share of dq, a product of the factor
 //            gradients, spread over the table rows they belong to, with the table.
 //   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, then a buffer per warp for the sums,
 //            later the operands of the product.
@@ -63,24 +64,80 @@ __device__ __forceinline__ void sum_row_in_registers(const SumRow& to, const S* 
     if (lane < lanes) to.inner[lane * V + i] = column[i];
 }
 
+// 16 bytes of the gradient from `at` on, or, where it does not lie so or ends before, what there is up to `end`.
+template <typename S>
+__device__ __forceinline__ uint4 load_vector(const SumRow& to, const S* grad, int64_t at, int64_t end) {
+  constexpr int V = kVector<S>;
+  if (at + V <= to.end) return load_stream(grad + at);
+  float x[V];
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = at + i < end ? to_float(grad[at + i]) : 0.f;
+  return pack<S>(x);
+}
+
+template <typename S>
+__device__ __forceinline__ void put_vector(float* to, uint4 vector) {
+  float x[kVector<S>];
+  unpack<S>(vector, x);
+#pragma unroll
+  for (int i = 0; i < kVector<S>; i += 4) *reinterpret_cast<float4*>(to + i) = {x[i], x[i + 1], x[i + 2], x[i + 3]};
+}
+
+// Rows of few keys: a warp holds the next one in registers while it sums this one.
+constexpr int kSmallSide = 16, kSmallRow = 256;
+
+template <typename S>
+__device__ __forceinline__ bool is_small(const Shape& s) {
+  const int keys_o = s.outer_keys(), keys_w = s.axis[kW].keys;
+  return s.axis[kT].rows == 0 && keys_o <= kSmallSide && keys_w <= kSmallSide &&
+         keys_o * keys_w + kVector<S> - 1 <= kSmallRow;
+}
+
+template <typename S>
+struct SmallRow {
+  static constexpr int V = kVector<S>, kVectors = kSmallRow / (32 * V);
+  uint4 vectors[kVectors] = {};
+  int shift;
+
+  __device__ __forceinline__ void load(const SumRow& to, const S* grad, int64_t begin, int n) {
+    shift = static_cast<int>(begin % V);
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u) {
+      const int e = (u * 32 + threadIdx.x % 32) * V;
+      if (e < shift + n) vectors[u] = load_vector(to, grad, begin - shift + e, begin + n);
+    }
+  }
+  __device__ __forceinline__ const float* put(float* buffer) const {  // what is past the row is not read
+#pragma unroll
+    for (int u = 0; u < kVectors; ++u) {
+      const int e = (u * 32 + threadIdx.x % 32) * V;
+      put_vector<S>(buffer + e, vectors[u]);
+    }
+    return buffer + shift;
+  }
+};
+
+// Half a warp sums the columns, the other half the image rows.
+__device__ __forceinline__ void sum_small_grid(const SumRow& to, const float* x) {
+  const int keys_o = to.shape.outer_keys(), keys_w = to.shape.axis[kW].keys, i = threadIdx.x % kSmallSide;
+  const bool column = threadIdx.x % 32 < kSmallSide;
+  const int step = column ? keys_w : 1, count = column ? keys_o : keys_w;
+  if (i >= (column ? keys_w : keys_o)) return;
+  x += column ? i : i * keys_w;
+  float sum = 0.f;
+#pragma unroll 4
+  for (int k = 0; k < count; ++k) sum += x[k * step];
+  (column ? to.inner : to.outer)[i] = sum;
+}
+
 // grad[begin, begin + n) as float, n <= kSumBuffer, by whole aligned vectors wherever they lie inside the gradient.
 template <typename S>
 __device__ __forceinline__ const float* fill_buffer(const SumRow& to, const S* grad, int64_t begin, int n) {
   constexpr int V = kVector<S>;
   const int shift = static_cast<int>(begin % V);
   const int64_t aligned = begin - shift;
-  for (int v = threadIdx.x % 32; v * V < shift + n; v += 32) {
-    const int64_t at = aligned + v * V;
-    float x[V];
-    if (at + V <= to.end) {
-      unpack<S>(load_stream(grad + at), x);
-    } else {
-#pragma unroll
-      for (int i = 0; i < V; ++i) x[i] = at + i < begin + n ? to_float(grad[at + i]) : 0.f;
-    }
-#pragma unroll
-    for (int i = 0; i < V; ++i) to.buffer[v * V + i] = x[i];
-  }
+  for (int e = threadIdx.x % 32 * V; e < shift + n; e += 32 * V)
+    put_vector<S>(to.buffer + e, load_vector(to, grad, aligned + e, begin + n));
   return to.buffer + shift;
 }
 
@@ -132,21 +189,48 @@ __device__ __forceinline__ void sum_row_in_buffer(const SumRow& to, const S* gra
   }
 }
 
+// Where the sums of a row go; `factors` are those of the row.
+__device__ __forceinline__ SumRow row_sums(const LogitsBwdParams& p, float* factors, float* buffer) {
+  const Shape& s = p.shape;
+  float* outer = s.axis[kT].rows ? buffer + kSumBuffer + kSumPadding : factors + s.axis[kH].factor;
+  return {s, outer, factors + s.axis[kW].factor, buffer, p.whole_vectors ? s.rows() * s.N() : 0};
+}
+
+// Factor gradients of rows warp, warp + kWarps, .. of the tile.
+template <typename S>
+__device__ __forceinline__ void sum_small_rows(const LogitsBwdParams& p, int64_t first_row, int count, float* factors,
+                                               float* buffer) {
+  const Shape& s = p.shape;
+  const int n = s.outer_keys() * s.axis[kW].keys;
+  const S* grad = static_cast<const S*>(p.grad);
+  SmallRow<S> next;
+  const auto load = [&](int row) {
+    if (row < count) next.load(row_sums(p, factors, buffer), grad, (first_row + row) * s.N() + s.prefix, n);
+  };
+  load(threadIdx.x / 32);
+  for (int row = threadIdx.x / 32; row < count; row += kWarps) {
+    const float* x = next.put(buffer);
+    load(row + kWarps);
+    __syncwarp();
+    sum_small_grid(row_sums(p, factors + row * p.factor_ld, buffer), x);
+    __syncwarp();  // before the next row overwrites the buffer
+  }
+}
+
 // Factor gradients of one row, by one warp.
 template <typename S>
 __device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, float* factors, float* buffer) {
   const Shape& s = p.shape;
   const int lane = threadIdx.x % 32, keys_h = s.axis[kH].keys;
-  const bool with_t = s.axis[kT].rows != 0;
-  float* outer = with_t ? buffer + kSumBuffer + kSumPadding : factors + s.axis[kH].factor;
-  const SumRow to{s, outer, factors + s.axis[kW].factor, buffer, p.whole_vectors ? s.rows() * s.N() : 0};
+  const SumRow to = row_sums(p, factors, buffer);
   const S* grad = static_cast<const S*>(p.grad);
   const int64_t begin = row * s.N() + s.prefix;
   if (p.line_lanes_log2 >= 0)
     sum_row_in_registers(to, grad + begin, p.line_lanes_log2);
   else
     sum_row_in_buffer(to, grad, begin);
-  if (!with_t) return;
+  if (s.axis[kT].rows == 0) return;
+  const float* outer = to.outer;
   __syncwarp();
   for (int h = lane; h < keys_h; h += 32) {
     float sum = 0.f;
@@ -205,29 +289,47 @@ struct ProductTiles {
   void *high, *low, *table;
 };
 
-// Factor gradients of table rows l0 .. l0 + 31 of one axis, zero where a query does not use the row; and those rows.
+// Factor gradients of table rows l0 .. l0 + 31 of one axis, zero where a query does not use the row; and those rows. A
+// lane takes a table row, a warp every 8th query; loads are on their way together.
 template <typename T>
 __device__ __forceinline__ void stage_product(const LogitsBwdParams& p, int a, int l0, int high_row,
                                               const RowOfTile* rows, const float* factors, int count,
                                               const ProductTiles& to) {
-  constexpr int kLd = kProductDepth + kProductPad;
+  constexpr int kLd = kProductDepth + kProductPad, kUnroll = 4;
+  constexpr int kTableVectors = kProductDepth * kMaxProductD / kVector<T> / kThreads;
   const Axis& axis = p.shape.axis[a];
-  for (int i = threadIdx.x; i < p.block_rows * kProductDepth; i += kThreads) {
-    const int row = i / kProductDepth, k = i % kProductDepth, l = l0 + k;
-    float x = 0.f;
-    const int c = row < count ? rows[row].coordinate[a] : -1;
-    if (c >= 0 && l <= high_row) {
-      const int key = p.index[axis.inverse + c * axis.rows + l - axis.first_row];
-      if (key >= 0) x = factors[row * p.factor_ld + axis.factor + key];
-    }
-    split(x, static_cast<T*>(to.high)[row * kLd + k], static_cast<T*>(to.low)[row * kLd + k]);
+  const int warp = threadIdx.x / 32, k = threadIdx.x % 32, vectors = p.shape.D / kVector<T>;
+  uint4 table[kTableVectors];
+#pragma unroll
+  for (int u = 0; u < kTableVectors; ++u) {  // those of the 32 rows are neighbours in memory
+    const int v = threadIdx.x + u * kThreads;
+    const T* of_row = static_cast<const T*>(p.table) + static_cast<int64_t>(l0) * p.shape.D + v * kVector<T>;
+    table[u] = v < (high_row - l0 + 1) * vectors ? *reinterpret_cast<const uint4*>(of_row) : make_uint4(0, 0, 0, 0);
   }
-  const int vectors = p.shape.D / kVector<T>;
-  for (int i = threadIdx.x; i < kProductDepth * vectors; i += kThreads) {
-    const int k = i / vectors, v = i - k * vectors;
-    const T* row = static_cast<const T*>(p.table) + static_cast<int64_t>(l0 + k) * p.shape.D;
-    *reinterpret_cast<uint4*>(static_cast<T*>(to.table) + k * p.q_ld + v * kVector<T>) =
-        l0 + k <= high_row ? *reinterpret_cast<const uint4*>(row + v * kVector<T>) : make_uint4(0, 0, 0, 0);
+  const int32_t* key_of = p.index + axis.inverse + l0 + k - axis.first_row;
+  for (int row0 = warp; row0 < p.block_rows; row0 += kUnroll * kWarps) {
+    int key[kUnroll];
+    float x[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int row = row0 + u * kWarps, c = row < count ? rows[row].coordinate[a] : -1;
+      key[u] = (c >= 0) & (l0 + k <= high_row) ? key_of[c * axis.rows] : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      x[u] = key[u] >= 0 ? factors[(row0 + u * kWarps) * p.factor_ld + axis.factor + key[u]] : 0.f;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int at = (row0 + u * kWarps) * kLd + k;
+      if (row0 + u * kWarps < p.block_rows) split(x[u], static_cast<T*>(to.high)[at], static_cast<T*>(to.low)[at]);
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kTableVectors; ++u) {
+    const int v = threadIdx.x + u * kThreads, of_row = v / vectors;
+    if (v < kProductDepth * vectors)
+      *reinterpret_cast<uint4*>(static_cast<T*>(to.table) + of_row * p.q_ld + (v - of_row * vectors) * kVector<T>) =
+          table[u];
   }
 }
 
@@ -273,8 +375,11 @@ __global__ void __launch_bounds__(kThreads, 3) logits_bwd_kernel(const LogitsBwd
   __syncthreads();
 
   find_ranges(p.shape, p.index, rows, count, ranges);
-  for (int row = warp; row < count; row += kWarps)  // sums of a class token's row are not used
-    sum_row<S>(p, first_row + row, factors + row * p.factor_ld, buffer);
+  if (p.line_lanes_log2 < 0 && is_small<S>(p.shape))
+    sum_small_rows<S>(p, first_row, count, factors, buffer);
+  else
+    for (int row = warp; row < count; row += kWarps)  // sums of a class token's row are not used
+      sum_row<S>(p, first_row + row, factors + row * p.factor_ld, buffer);
   __syncthreads();
 
   if (p.dfactors)

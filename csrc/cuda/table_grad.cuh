@@ -13,9 +13,10 @@
 //   sum_kernel
 //     grid     (table rows, ceil(D / kSumThreads)).
 //     thread   an element of D, and a share of all pairs of c and split, one after another, kSumAtOnce loads in flight.
-//     shared   sums of the shares and what rounding took from them, [shares, elements] each, added in order.
+//     shared   sums of the shares, [shares, elements], added in order.
 //     barriers sums are there.
 #pragma once
+#include "tile/long_sum.cuh"
 #include "tile/mma.cuh"
 #include "tile/rows.cuh"
 
@@ -155,10 +156,10 @@ __global__ void __launch_bounds__(kThreads, 3) table_partial_kernel(const TableG
 
 constexpr int kSumThreads = 512, kSumAtOnce = 8;
 
-// Partial sums first .. last of a table row, counted query coordinate by query coordinate, split by split. Compensated:
-// those of many queries meet here one by one.
+// Partial sums first .. last of a table row, counted query coordinate by query coordinate, split by split: those of
+// many queries meet here one by one.
 __device__ __forceinline__ void sum_share(const TableGradParams& p, const Axis& axis, const int32_t* key_of, int d,
-                                          int64_t first, int64_t last, float& sum, float& lost) {
+                                          int64_t first, int64_t last, LongSum<float>& total) {
   int c = static_cast<int>(first / p.splits), split = static_cast<int>(first % p.splits);
   for (; first < last; first += kSumAtOnce) {
     int64_t at[kSumAtOnce];  // first all keys, then all sums: loads that do not wait for each other
@@ -173,18 +174,13 @@ __device__ __forceinline__ void sum_share(const TableGradParams& p, const Axis& 
 #pragma unroll
     for (int u = 0; u < kSumAtOnce; ++u) part[u] = at[u] >= 0 ? p.partials[at[u]] : 0.f;
 #pragma unroll
-    for (int u = 0; u < kSumAtOnce; ++u) {
-      const float x = part[u] - lost, next = sum + x;
-      lost = (next - sum) - x;
-      sum = next;
-    }
+    for (int u = 0; u < kSumAtOnce; ++u) total.add(part[u]);
   }
 }
 
 __global__ void __launch_bounds__(kSumThreads, 2) table_sum_kernel(const TableGradParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
-  float* sums = reinterpret_cast<float*>(shared);
-  float* losts = sums + kSumThreads;
+  LongSum<float>* totals = reinterpret_cast<LongSum<float>*>(shared);
   const Shape& s = p.shape;
   int a = 0;
   while (static_cast<int>(blockIdx.x) >= s.axis[a].first_row + s.axis[a].rows) ++a;
@@ -193,21 +189,15 @@ __global__ void __launch_bounds__(kSumThreads, 2) table_sum_kernel(const TableGr
   const int width = min(round_up(s.D, 32), kSumThreads), shares = kSumThreads / width;
   const int x = threadIdx.x % width, share = threadIdx.x / width, d = static_cast<int>(blockIdx.y) * kSumThreads + x;
   const int64_t all = static_cast<int64_t>(axis.queries) * p.splits;
-  float sum = 0.f, lost = 0.f;
-  if (share < shares && d < s.D)
-    sum_share(p, axis, key_of, d, all * share / shares, all * (share + 1) / shares, sum, lost);
-  sums[threadIdx.x] = sum;
-  losts[threadIdx.x] = lost;
+  LongSum<float> total;
+  if (share < shares && d < s.D) sum_share(p, axis, key_of, d, all * share / shares, all * (share + 1) / shares, total);
+  totals[threadIdx.x] = total;
   __syncthreads();
   if (share != 0 || d >= s.D) return;
-  for (int other = 1; other < shares; ++other) {
-    const float more = sums[other * width + x] - (lost + losts[other * width + x]), next = sum + more;
-    lost = (next - sum) - more;
-    sum = next;
-  }
-  p.dtable[static_cast<int64_t>(blockIdx.x) * s.D + d] = sum;
+  for (int other = 1; other < shares; ++other) total.add(totals[other * width + x]);
+  p.dtable[static_cast<int64_t>(blockIdx.x) * s.D + d] = total.sum;
 }
 
-constexpr int64_t kTableSumShared = 2 * kSumThreads * int64_t{sizeof(float)};
+constexpr int64_t kTableSumShared = kSumThreads * int64_t{sizeof(LongSum<float>)};
 
 }  // namespace relpos

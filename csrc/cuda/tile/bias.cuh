@@ -21,14 +21,22 @@ struct FactorTile {
   int ld;
 };
 
-__device__ __forceinline__ void put_factor(const FactorTile& tile, const LogitsParams& p, int a, int row, int l,
-                                           int high, float value) {
+// Elements of the product to where they belong: value[i] is that of query row(i) and table row l(i). All keys are asked
+// for before the first is waited for.
+template <int COUNT, typename Row, typename L>
+__device__ __forceinline__ void put_factors(const FactorTile& tile, const LogitsParams& p, int a, int high,
+                                            const float (&value)[COUNT], Row&& row, L&& l) {
   const Axis& axis = p.shape.axis[a];
-  if (row >= tile.count || l > high) return;
-  const int c = tile.rows[row].coordinate[a];
-  if (c < 0) return;
-  const int key = p.index[axis.inverse + c * axis.rows + l - axis.first_row];
-  if (key >= 0) tile.factors[row * tile.ld + axis.factor + key] = value;
+  const int32_t* key_of = p.index + axis.inverse - axis.first_row;
+  int key[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    const int c = row(i) < tile.count ? tile.rows[row(i)].coordinate[a] : -1;
+    key[i] = (c >= 0) & (l(i) <= high) ? key_of[c * axis.rows + l(i)] : -1;
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i)
+    if (key[i] >= 0) tile.factors[row(i) * tile.ld + axis.factor + key[i]] = value[i];
 }
 
 // Tensor cores: a warp takes 16 queries and 32 table rows at a time. q is in shared memory, zero past D.
@@ -42,7 +50,7 @@ __device__ __forceinline__ void axis_factors_mma(const FactorTile& tile, const L
   const T* table = static_cast<const T*>(p.table);
   for (int item = warp; item < strips * spans; item += kWarps) {
     const int strip = item % strips, l0 = low + item / strips * 8 * kBlocks;
-    float acc[kBlocks][4] = {};
+    float acc[kBlocks * 4] = {};
     for (int k0 = 0; k0 < D; k0 += 16) {
       uint32_t q_regs[4];
       ldmatrix_x4(q_regs, q_smem + (strip * 16 + lane % 16) * p.q_ld + k0 + lane / 16 * 8);
@@ -52,14 +60,12 @@ __device__ __forceinline__ void axis_factors_mma(const FactorTile& tile, const L
         const T* pair = table + static_cast<int64_t>(l) * D + d;
         const uint32_t table_regs[2] = {l <= high ? *reinterpret_cast<const uint32_t*>(pair) : 0u,
                                         l <= high && d + 8 < D ? *reinterpret_cast<const uint32_t*>(pair + 8) : 0u};
-        mma_m16n8k16<T>(acc[n], q_regs, table_regs);
+        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(acc[n * 4]), q_regs, table_regs);
       }
     }
-#pragma unroll
-    for (int n = 0; n < kBlocks; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        put_factor(tile, p, a, strip * 16 + lane / 4 + e / 2 * 8, l0 + n * 8 + lane % 4 * 2 + e % 2, high, acc[n][e]);
+    put_factors(
+        tile, p, a, high, acc, [&](int i) { return strip * 16 + lane / 4 + i % 4 / 2 * 8; },
+        [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
   }
 }
 
@@ -86,8 +92,7 @@ __device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const 
         acc[r] += x.x * t[0] + x.y * t[1] + x.z * t[2] + x.w * t[3];
       }
     }
-#pragma unroll
-    for (int r = 0; r < kQueries; ++r) put_factor(tile, p, a, first + r, l, high, acc[r]);
+    put_factors(tile, p, a, high, acc, [&](int r) { return first + r; }, [&](int) { return l; });
   }
 }
 

@@ -36,23 +36,6 @@ __device__ __forceinline__ void set_pair(__nv_bfloat16* to, float x, float y) {
   *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
 }
 
-// A sum over all keys of a query. In float32, what rounding takes away is given back at the next addition.
-template <typename T>
-struct LongSum {
-  float sum = 0.f, excess = 0.f;
-
-  __device__ __forceinline__ void add(float x) {
-    if constexpr (sizeof(T) == 2) {
-      sum += x;
-    } else {
-      const float missing = x - excess, next = sum + missing;
-      excess = (next - sum) - missing;
-      sum = next;
-    }
-  }
-  __device__ __forceinline__ void scale(float factor) { sum *= factor, excess *= factor; }
-};
-
 // A pair of float32 in three pairs of bfloat16; PAIRS of such pairs.
 template <int PAIRS>
 struct SplitPairs {

@@ -3,6 +3,7 @@
 // The largest score of a query need not be exact: it is renewed only when it has grown by kMayGrow powers of two.
 #pragma once
 #include "factors.cuh"
+#include "long_sum.cuh"
 
 namespace relpos {
 
