@@ -5,8 +5,8 @@
 //
 //   partial_kernel: a product of the factor gradients, transposed, with q, 32 queries at a time
 //     grid     (query coordinates of all axes, splits): a block sums a fixed share of the queries of its coordinate.
-//     thread   eight threads stage one query, q by 16 bytes where it lies so; tensor cores: a warp's share of a tile
-//              of 64 keys x 128 elements of D;
+//     thread   eight threads stage one query, where q lies so by 16 bytes and one step ahead; tensor cores: a warp's
+//              share of a tile of 64 keys x 128 elements of D;
 //              else (x, y) of 16 x 16 takes keys y, y + 16, .. and elements x, x + 16, ..
 //     shared   factors [32, 64] and q [32, 128], as float or, padded, as high, low and q in the type of q.
 //     barriers two per 32 queries: they are there; they may be overwritten.
@@ -39,62 +39,102 @@ __device__ __forceinline__ GradBlock grad_block(const TableGradParams& p) {
   return {a, c, queries * blockIdx.y / p.splits, queries * (blockIdx.y + 1) / p.splits};
 }
 
-// Where the u-th query of the block is: its row of the logits (and of the factors), its row of q.
-__device__ __forceinline__ void find_query(const TableGradParams& p, const GradBlock& block, int64_t u, int64_t& row,
-                                           int64_t& q_offset) {
-  const auto& of_axis = p.of_axis[block.a];
-  const int inner = static_cast<int>(of_axis.by_inner.divisor);
-  int rest, below, head;
-  const int group = of_axis.by_per_group.divide(static_cast<int>(u), rest);
-  const int above = of_axis.by_inner.divide(rest, below);
-  const int m = p.shape.prefix + (above * p.shape.axis[block.a].queries + block.c) * inner + below;
-  const int batch = p.by_heads.divide(group, head);
-  row = group * p.shape.M() + m;
-  q_offset = batch * p.q.batch + head * p.q.head + m * p.q.row;
-}
-
-// Stages queries u0 .. u0 + 31: put_factor(query, key, x), put_q(query, d, x), zero past the end of anything. x of q is
-// an element or, with VECTORS and where q lies so, 16 bytes of them.
-template <typename T, bool VECTORS, typename F, typename G>
-__device__ __forceinline__ void stage_share(const TableGradParams& p, const GradBlock& block, int64_t u0, int i0,
-                                            int d0, F&& put_factor, G&& put_q) {
-  const Axis& axis = p.shape.axis[block.a];
-  const int query = threadIdx.x / kStagers, first = threadIdx.x % kStagers;
-  const bool exists = u0 + query < block.end;
-  int64_t row = 0, q_offset = 0;
-  if (exists) find_query(p, block, u0 + query, row, q_offset);
-  const float* factors = p.dfactors + row * p.shape.factors() + axis.factor + i0;
-  const T* q = static_cast<const T*>(p.q.data) + q_offset + d0;
-  for (int i = first; i < kProductRows; i += kStagers)
-    put_factor(query, i, exists && i0 + i < axis.keys ? factors[i] : 0.f);
-  const int width = min(kProductColumns, round_up(p.shape.D - d0, kGradSide));
-  if constexpr (VECTORS)
-    if (p.whole_vectors_of_q) {
-      for (int d = first * kVector<T>; d < width; d += kStagers * kVector<T>)
-        put_q(query, d, exists && d0 + d < p.shape.D ? *reinterpret_cast<const uint4*>(q + d) : make_uint4(0, 0, 0, 0));
-      return;
-    }
-  for (int d = first; d < width; d += kStagers)
-    put_q(query, d, exists && d0 + d < p.shape.D ? q[d] : from_float<T>(0.f));
-}
-
+// The query that a thread helps to stage, of queries u0 .. u0 + 31 of the block: its factors from key i0 on, its q from
+// element d0 on. Zero past the end of anything.
 template <typename T>
+struct Staged {
+  bool exists;
+  int keys, width;  // that there are
+  const float* factors;
+  const T* q;
+
+  __device__ __forceinline__ Staged(const TableGradParams& p, const GradBlock& block, int64_t u0, int i0, int d0)
+      : exists(u0 + query() < block.end), keys(p.shape.axis[block.a].keys - i0), width(p.shape.D - d0) {
+    const auto& of_axis = p.of_axis[block.a];
+    const Axis& axis = p.shape.axis[block.a];
+    const int inner = static_cast<int>(of_axis.by_inner.divisor);
+    int rest, below, head;
+    const int group = of_axis.by_per_group.divide(static_cast<int>(u0 + query()), rest);
+    const int above = of_axis.by_inner.divide(rest, below);
+    const int m = p.shape.prefix + (above * axis.queries + block.c) * inner + below;
+    const int batch = p.by_heads.divide(group, head);
+    factors = p.dfactors + (group * p.shape.M() + m) * p.shape.factors() + axis.factor + i0;
+    q = static_cast<const T*>(p.q.data) + batch * p.q.batch + head * p.q.head + m * p.q.row + d0;
+  }
+  static __device__ __forceinline__ int query() { return threadIdx.x / kStagers; }
+  static __device__ __forceinline__ int stager() { return threadIdx.x % kStagers; }
+  __device__ __forceinline__ float factor(int i) const { return exists && i < keys ? factors[i] : 0.f; }
+  __device__ __forceinline__ T element(int d) const { return exists && d < width ? q[d] : from_float<T>(0.f); }
+  __device__ __forceinline__ uint4 vector(int d) const {
+    return exists && d < width ? *reinterpret_cast<const uint4*>(q + d) : make_uint4(0, 0, 0, 0);
+  }
+  // put_factor(i, x), put_q(d, x), one by one.
+  template <typename F, typename G>
+  __device__ __forceinline__ void for_each(F&& put_factor, G&& put_q) const {
+    for (int i = stager(); i < kProductRows; i += kStagers) put_factor(i, factor(i));
+    for (int d = stager(); d < min(kProductColumns, round_up(width, kGradSide)); d += kStagers) put_q(d, element(d));
+  }
+};
+
+// Shared memory of a tile for tensor cores: factors in two halves, and q.
+template <typename T>
+struct GradTile {
+  static constexpr int kFactorLd = kProductRows + kProductPad, kQLd = kProductColumns + kProductPad;
+  T *high, *low, *q;
+
+  __device__ __forceinline__ explicit GradTile(unsigned char* shared)
+      : high(reinterpret_cast<T*>(shared)), low(high + kProductDepth * kFactorLd), q(low + kProductDepth * kFactorLd) {}
+  __device__ __forceinline__ void put_factor(int i, float x) const {
+    const int at = Staged<T>::query() * kFactorLd + i;
+    split(x, high[at], low[at]);
+  }
+  template <typename Piece>
+  __device__ __forceinline__ void put_q(int d, Piece x) const {
+    *reinterpret_cast<Piece*>(q + Staged<T>::query() * kQLd + d) = x;
+  }
+};
+
+// What a thread stages where q lies at multiples of 16 bytes: held in registers while others are multiplied.
+template <typename T>
+struct HeldShare {
+  static constexpr int V = kVector<T>, kFactors = kProductRows / kStagers, kVectors = kProductColumns / kStagers / V;
+  float factors[kFactors];
+  uint4 q[kVectors];
+
+  __device__ __forceinline__ void load(const Staged<T>& from) {
+#pragma unroll
+    for (int i = 0; i < kFactors; ++i) factors[i] = from.factor(i * kStagers + from.stager());
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) q[i] = from.vector((i * kStagers + from.stager()) * V);
+  }
+  __device__ __forceinline__ void put(const GradTile<T>& to) const {
+    const int stager = Staged<T>::stager();
+#pragma unroll
+    for (int i = 0; i < kFactors; ++i) to.put_factor(i * kStagers + stager, factors[i]);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) to.put_q((i * kStagers + stager) * V, q[i]);
+  }
+};
+
+template <typename T, bool VECTORS>
 __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const GradBlock& block, int i0, int d0,
                                               unsigned char* shared, float* out) {
-  constexpr int kFactorLd = kProductRows + kProductPad, kQLd = kProductColumns + kProductPad;
-  T* high = reinterpret_cast<T*>(shared);
-  T* low = high + kProductDepth * kFactorLd;
-  T* q_smem = low + kProductDepth * kFactorLd;
+  const GradTile<T> tile(shared);
   const int keys = p.shape.axis[block.a].keys, columns = min(kProductColumns, p.shape.D - d0);
   const WarpShare mine(kProductRows, columns);
   float acc[kProductBlocks][4] = {};
+  HeldShare<T> next;
+  if constexpr (VECTORS) next.load(Staged<T>(p, block, block.begin, i0, d0));
   for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
-    stage_share<T, true>(
-        p, block, u0, i0, d0,
-        [&](int query, int i, float x) { split(x, high[query * kFactorLd + i], low[query * kFactorLd + i]); },
-        [&](int query, int d, auto x) { *reinterpret_cast<decltype(x)*>(q_smem + query * kQLd + d) = x; });
+    if constexpr (VECTORS) {
+      next.put(tile);
+      next.load(Staged<T>(p, block, u0 + kProductDepth, i0, d0));
+    } else {
+      Staged<T>(p, block, u0, i0, d0)
+          .for_each([&](int i, float x) { tile.put_factor(i, x); }, [&](int d, T x) { tile.put_q(d, x); });
+    }
     __syncthreads();
-    accumulate<T, true>(acc, mine, high, low, kFactorLd, q_smem, kQLd);
+    accumulate<T, true>(acc, mine, tile.high, tile.low, tile.kFactorLd, tile.q, tile.kQLd);
     __syncthreads();
   }
   for_each_element(acc, mine, [&](int i, int d, float x) {
@@ -110,9 +150,9 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
   const int keys = p.shape.axis[block.a].keys, x = threadIdx.x % kGradSide, y = threadIdx.x / kGradSide;
   float acc[kGradKeysPerThread][kGradDPerThread] = {};
   for (int64_t u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
-    stage_share<T, false>(
-        p, block, u0, i0, d0, [&](int query, int i, float f) { factors_smem[query * kProductRows + i] = f; },
-        [&](int query, int d, T e) { q_smem[query * kProductColumns + d] = to_float(e); });
+    const Staged<T> staged(p, block, u0, i0, d0);
+    staged.for_each([&](int i, float f) { factors_smem[staged.query() * kProductRows + i] = f; },
+                    [&](int d, T e) { q_smem[staged.query() * kProductColumns + d] = to_float(e); });
     __syncthreads();
     for (int r = 0; r < kProductDepth; ++r) {
 #pragma unroll
@@ -147,10 +187,12 @@ __global__ void __launch_bounds__(kThreads, 3) table_partial_kernel(const TableG
   float* out = p.partials + (blockIdx.y * p.pairs + axis.index + static_cast<int64_t>(block.c) * axis.keys) * p.shape.D;
   for (int i0 = 0; i0 < axis.keys; i0 += kProductRows)
     for (int d0 = 0; d0 < p.shape.D; d0 += kProductColumns) {
-      if constexpr (MMA)
-        grad_tile_mma<T>(p, block, i0, d0, shared, out);
-      else
+      if constexpr (!MMA)
         grad_tile_simt<T>(p, block, i0, d0, shared, out);
+      else if (p.whole_vectors_of_q)
+        grad_tile_mma<T, true>(p, block, i0, d0, shared, out);
+      else
+        grad_tile_mma<T, false>(p, block, i0, d0, shared, out);
     }
 }
 
