@@ -82,8 +82,8 @@ inline Vec<C> exp_of_negative(Vec<C> x) {
   return exp_for<E>(x > C{0} ? Vec<C>{} : x);
 }
 
-// ---- numbers as operands of products (pair_kernels.h): kNumbers<E> keys, or those of one key in the first `valid`
-// lanes
+// ---- numbers as operands of products (pair_kernels.h): of kNumbers<E> keys, across; of one key, along: those of its
+// first `valid` lanes
 inline void store_across(float* at, const Vec<float> (&keys)[1]) { store(at, keys[0]); }
 inline void store_across(double* at, const Vec<double> (&keys)[1]) { store(at, keys[0]); }
 inline void store_along(float* row, int64_t lane, Vec<float> numbers, int64_t) { store(row + lane, numbers); }
