@@ -37,7 +37,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "logits_bwd.cuh: p.line_lanes_log2 < 0 -> true": SLOWER,
     "logits_bwd.cuh: p.line_lanes_log2 < 0 -> false": SLOWER,
     "logits_bwd.cuh: is_small<S>(p.shape) -> false": SLOWER,
-    "logits_bwd.cuh: at + V <= to.end -> false": SLOWER,
+    "logits_bwd.cuh: at + V <= readable -> false": SLOWER,
     "logits_bwd.cuh: width <= 32 -> false": SLOWER,
     "logits_bwd.cuh: width <= 32 -> true": SLOWER,
     "logits_bwd.cuh: j0 < keys_w -> j0 <= keys_w": ONE_MORE_ROUND,

@@ -10,8 +10,8 @@
 //
 //   grid     (ceil(rows / block_rows)).
 //   thread   a lane of the warp that sums every 8th row of the tile, streamed or, where the grid does not allow it,
-//            through a buffer; then its share of dq, a product of the factor
-//            gradients, spread over the table rows they belong to, with the table.
+//            through a buffer; then its share of dq, a product of the factor gradients, spread over the table rows they
+//            belong to, with the table.
 //   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, then a buffer per warp for the sums,
 //            later the operands of the product.
 //   barriers rows are located; sums are complete; two per 32 table rows. Every sum has a fixed order.
@@ -64,11 +64,11 @@ __device__ __forceinline__ void sum_row_in_registers(const SumRow& to, const S* 
     if (lane < lanes) to.inner[lane * V + i] = column[i];
 }
 
-// 16 bytes of the gradient from `at` on, or, where it does not lie so or ends before, what there is up to `end`.
+// 16 bytes of the gradient from `at` on, or, past the `readable` ones, element by element what is before `end`.
 template <typename S>
-__device__ __forceinline__ uint4 load_vector(const SumRow& to, const S* grad, int64_t at, int64_t end) {
+__device__ __forceinline__ uint4 load_vector(const S* grad, int64_t at, int64_t end, int64_t readable) {
   constexpr int V = kVector<S>;
-  if (at + V <= to.end) return load_stream(grad + at);
+  if (at + V <= readable) return load_stream(grad + at);
   float x[V];
 #pragma unroll
   for (int i = 0; i < V; ++i) x[i] = at + i < end ? to_float(grad[at + i]) : 0.f;
@@ -99,12 +99,12 @@ struct SmallRow {
   uint4 vectors[kVectors] = {};
   int shift;
 
-  __device__ __forceinline__ void load(const SumRow& to, const S* grad, int64_t begin, int n) {
+  __device__ __forceinline__ void load(const S* grad, int64_t begin, int n, int64_t readable) {
     shift = static_cast<int>(begin % V);
 #pragma unroll
     for (int u = 0; u < kVectors; ++u) {
       const int e = (u * 32 + threadIdx.x % 32) * V;
-      if (e < shift + n) vectors[u] = load_vector(to, grad, begin - shift + e, begin + n);
+      if (e < shift + n) vectors[u] = load_vector(grad, begin - shift + e, begin + n, readable);
     }
   }
   __device__ __forceinline__ const float* put(float* buffer) const {  // what is past the row is not read
@@ -137,7 +137,7 @@ __device__ __forceinline__ const float* fill_buffer(const SumRow& to, const S* g
   const int shift = static_cast<int>(begin % V);
   const int64_t aligned = begin - shift;
   for (int e = threadIdx.x % 32 * V; e < shift + n; e += 32 * V)
-    put_vector<S>(to.buffer + e, load_vector(to, grad, aligned + e, begin + n));
+    put_vector<S>(to.buffer + e, load_vector(grad, aligned + e, begin + n, to.end));
   return to.buffer + shift;
 }
 
@@ -189,11 +189,16 @@ __device__ __forceinline__ void sum_row_in_buffer(const SumRow& to, const S* gra
   }
 }
 
+// Elements of the gradient that may be read by whole vectors.
+__device__ __forceinline__ int64_t readable_of(const LogitsBwdParams& p) {
+  return p.whole_vectors ? p.shape.rows() * p.shape.N() : 0;
+}
+
 // Where the sums of a row go; `factors` are those of the row.
 __device__ __forceinline__ SumRow row_sums(const LogitsBwdParams& p, float* factors, float* buffer) {
   const Shape& s = p.shape;
   float* outer = s.axis[kT].rows ? buffer + kSumBuffer + kSumPadding : factors + s.axis[kH].factor;
-  return {s, outer, factors + s.axis[kW].factor, buffer, p.whole_vectors ? s.rows() * s.N() : 0};
+  return {s, outer, factors + s.axis[kW].factor, buffer, readable_of(p)};
 }
 
 // Factor gradients of rows warp, warp + kWarps, .. of the tile.
@@ -205,7 +210,7 @@ __device__ __forceinline__ void sum_small_rows(const LogitsBwdParams& p, int64_t
   const S* grad = static_cast<const S*>(p.grad);
   SmallRow<S> next;
   const auto load = [&](int row) {
-    if (row < count) next.load(row_sums(p, factors, buffer), grad, (first_row + row) * s.N() + s.prefix, n);
+    if (row < count) next.load(grad, (first_row + row) * s.N() + s.prefix, n, readable_of(p));
   };
   load(threadIdx.x / 32);
   for (int row = threadIdx.x / 32; row < count; row += kWarps) {

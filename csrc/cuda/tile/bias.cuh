@@ -21,11 +21,11 @@ struct FactorTile {
   int ld;
 };
 
-// Elements of the product to where they belong: value[i] is that of query row(i) and table row l(i). All keys are asked
+// Elements of the product to where they belong: value(i) is that of query row(i) and table row l(i). All keys are asked
 // for before the first is waited for.
-template <int COUNT, typename Row, typename L>
+template <int COUNT, typename Value, typename Row, typename L>
 __device__ __forceinline__ void put_factors(const FactorTile& tile, const LogitsParams& p, int a, int high,
-                                            const float (&value)[COUNT], Row&& row, L&& l) {
+                                            Value&& value, Row&& row, L&& l) {
   const Axis& axis = p.shape.axis[a];
   const int32_t* key_of = p.index + axis.inverse - axis.first_row;
   int key[COUNT];
@@ -36,7 +36,7 @@ __device__ __forceinline__ void put_factors(const FactorTile& tile, const Logits
   }
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
-    if (key[i] >= 0) tile.factors[row(i) * tile.ld + axis.factor + key[i]] = value[i];
+    if (key[i] >= 0) tile.factors[row(i) * tile.ld + axis.factor + key[i]] = value(i);
 }
 
 // Tensor cores: a warp takes 16 queries and 32 table rows at a time. q is in shared memory, zero past D.
@@ -50,7 +50,7 @@ __device__ __forceinline__ void axis_factors_mma(const FactorTile& tile, const L
   const T* table = static_cast<const T*>(p.table);
   for (int item = warp; item < strips * spans; item += kWarps) {
     const int strip = item % strips, l0 = low + item / strips * 8 * kBlocks;
-    float acc[kBlocks * 4] = {};
+    float acc[kBlocks][4] = {};
     for (int k0 = 0; k0 < D; k0 += 16) {
       uint32_t q_regs[4];
       ldmatrix_x4(q_regs, q_smem + (strip * 16 + lane % 16) * p.q_ld + k0 + lane / 16 * 8);
@@ -60,11 +60,12 @@ __device__ __forceinline__ void axis_factors_mma(const FactorTile& tile, const L
         const T* pair = table + static_cast<int64_t>(l) * D + d;
         const uint32_t table_regs[2] = {l <= high ? *reinterpret_cast<const uint32_t*>(pair) : 0u,
                                         l <= high && d + 8 < D ? *reinterpret_cast<const uint32_t*>(pair + 8) : 0u};
-        mma_m16n8k16<T>(reinterpret_cast<float (&)[4]>(acc[n * 4]), q_regs, table_regs);
+        mma_m16n8k16<T>(acc[n], q_regs, table_regs);
       }
     }
-    put_factors(
-        tile, p, a, high, acc, [&](int i) { return strip * 16 + lane / 4 + i % 4 / 2 * 8; },
+    put_factors<kBlocks * 4>(
+        tile, p, a, high, [&](int i) { return acc[i / 4][i % 4]; },
+        [&](int i) { return strip * 16 + lane / 4 + i % 4 / 2 * 8; },
         [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
   }
 }
@@ -92,7 +93,8 @@ __device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const 
         acc[r] += x.x * t[0] + x.y * t[1] + x.z * t[2] + x.w * t[3];
       }
     }
-    put_factors(tile, p, a, high, acc, [&](int r) { return first + r; }, [&](int) { return l; });
+    put_factors<kQueries>(
+        tile, p, a, high, [&](int r) { return acc[r]; }, [&](int r) { return first + r; }, [&](int) { return l; });
   }
 }
 
