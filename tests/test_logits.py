@@ -135,7 +135,7 @@ def with_odd_row_stride(q: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("layout", [as_packed_qkv, with_strided_last_axis, with_odd_row_stride])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides_of_q(layout, dtype: torch.dtype, device: str):
-    problem = same("strided", 4, 8, 16, batch=2, heads=3)
+    problem = same("strided", 5, 7, 16, batch=2, heads=3)  # the last block of rows is not full
     inputs = draw(problem, dtype)
     expected = run(ours, problem, inputs, dtype, device)
     attn, q, *tables = inputs.leaves(dtype, device)
