@@ -99,9 +99,8 @@ def over_length(result: dict, quantity: str, unit: str, value: Callable[[dict], 
             failed = [row for row in of_peer if row.get("outcome") == "out of memory"]
             if failed and done:
                 axis.plot(x[-1], y[-1], "x", color=color_of(peer), markersize=14, markeredgewidth=2)
-                below = -14 - 11 * len(axis.texts)  # the others'
-                axis.annotate(f"out of memory at {failed[0]['side']}²", (x[-1], y[-1]), (4, below), fontsize=8,
-                              textcoords="offset points", color=color_of(peer))  # fmt: skip
+                axis.text(0.98, 0.03 + 0.07 * len(axis.texts), f"{peer}: out of memory at {failed[0]['side']}²",
+                          transform=axis.transAxes, ha="right", fontsize=8, color=color_of(peer))  # fmt: skip
         axis.set(xscale="log", yscale="log", title=direction, xlabel="tokens", ylabel=f"{quantity}, {unit}")
         sides = sorted({row["side"] for row in rows})
         axis.set_xticks([n * n for n in sides], [f"{n}²" for n in sides], minor=False)
@@ -148,7 +147,7 @@ def peers(result: dict) -> Figure:
         axis.grid(False, axis="y")
         axis.invert_yaxis()
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=color_of(name)) for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8)
+    figure.legend(handles, names, loc="outside lower right", ncols=4, fontsize=8)  # left of it: the source
     figure.suptitle("The attention op against every other way to compute it")
     return figure
 
@@ -165,7 +164,7 @@ def roofline(result: dict) -> Figure:
         intensities = [row["work"]["flops"] / row["work"]["bytes"] for row in rows]
         x = [min(intensities) / 2, gflops / gbytes, max(*intensities, gflops / gbytes) * 2]
         axis.plot(x, [min(gflops, i * gbytes) for i in x], color="0.3", linewidth=1.5)
-        axis.text(x[-1], gflops, f"{gflops:.0f} GFLOP/s", ha="right", va="bottom", fontsize=8)
+        axis.text(x[1], gflops, f"{gflops:.0f} GFLOP/s", va="bottom", fontsize=8)
         axis.text(x[0], x[0] * gbytes * 1.3, f"{gbytes:.0f} GB/s", fontsize=8)
         for row, intensity in zip(rows, intensities, strict=True):
             ours = row["peer"] == OURS[row["op"]]
@@ -174,9 +173,10 @@ def roofline(result: dict) -> Figure:
             axis.plot(intensity, rate, marker, color=color_of(row["peer"]), alpha=1 if ours else 0.5,
                       markersize=8 if ours else 5, zorder=3 if ours else 2)  # fmt: skip
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
-    names = list(dict.fromkeys(row["peer"] for row in result["rows"] if "note" not in row))
-    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=color_of(name)) for name in names]
-    figure.legend(handles, names, loc="outside lower center", ncols=5, fontsize=8)
+    names = sorted({row["peer"] for row in result["rows"] if "note" not in row}, key=len, reverse=True)
+    shortest = {color_of(name): name for name in names}
+    handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=color) for color in shortest]
+    figure.legend(handles, shortest.values(), loc="outside lower right", ncols=4, fontsize=8)
     figure.suptitle("Attention op (dots) and logits op (squares) under the measured roofs")
     return figure
 

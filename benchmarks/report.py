@@ -56,15 +56,19 @@ def _cells(row: dict, ours: float | None, floor: float) -> tuple[str, ...]:
     return (
         row["pass"],
         row["peer"],
-        f"{row['milliseconds']:.4g}",
-        f"{low:.4g} .. {high:.4g}",
+        four_digits(row["milliseconds"]),
+        f"{four_digits(low)} .. {four_digits(high)}",
         f"{row['milliseconds'] / ours:.2f} x" if ours else "",
         f"{floor / row['milliseconds']:.0%}",
         "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
         "less work" if "note" in row else error,
         {None: "", True: "same", False: "vary"}[row["deterministic"]],
-        f"{row['plain']['milliseconds']:.4g}" if "plain" in row else "",
+        four_digits(row["plain"]["milliseconds"]) if "plain" in row else "",
     )
+
+
+def four_digits(milliseconds: float) -> str:
+    return f"{milliseconds:.4g}" if milliseconds < 9999.5 else f"{milliseconds:.0f}"
 
 
 def floor_of(row: dict, rates: dict) -> float:
@@ -84,7 +88,7 @@ def length_tables(rows: list[dict]) -> Iterable[tuple[str, Table]]:
     def cell(row: dict) -> str:
         if "outcome" in row:
             return row["outcome"]
-        return f"{row['milliseconds']:.4g} ms, {row['peak_bytes'] / 2**20:.0f} MiB"
+        return f"{four_digits(row['milliseconds'])} ms, {row['peak_bytes'] / 2**20:.0f} MiB"
 
     sides = sorted({row["side"] for row in rows if "side" in row})
     peers = list(dict.fromkeys(row["peer"] for row in rows if "side" in row))
@@ -106,7 +110,7 @@ def _encoders(rows: list[dict]) -> Iterable[str]:
                 (
                     row["variant"],
                     f"{1e3 / row['milliseconds']:.3g}",
-                    f"{row['milliseconds']:.4g}",
+                    four_digits(row["milliseconds"]),
                     f"{row['spread']:.0%}",
                     f"{row['speed_up']:.2f} x",
                     f"{row['peak_bytes'] / 2**20:.0f}",
