@@ -4,7 +4,7 @@
 
 A table stands between two comments. The first says what it shows, and of which files:
 
-    <!-- table: attention cpu/2026-11-27-a64d05d.json -->
+    <!-- table: attention cpu/DATE-COMMIT.json -->
     <!-- end of table -->
 """
 

@@ -173,8 +173,8 @@ def roofline(result: dict) -> Figure:
             axis.plot(intensity, rate, marker, color=color_of(row["peer"]), alpha=1 if ours else 0.5,
                       markersize=8 if ours else 5, zorder=3 if ours else 2)  # fmt: skip
         axis.set(xscale="log", yscale="log", title=dtype, xlabel="FLOP per byte that must move", ylabel="GFLOP/s")
-    names = sorted({row["peer"] for row in result["rows"] if "note" not in row}, key=len, reverse=True)
-    shortest = {color_of(name): name for name in names}
+    names = dict.fromkeys(row["peer"] for row in result["rows"] if "note" not in row)
+    shortest = {color_of(name): name for name in sorted(names, key=len, reverse=True)}
     handles = [pyplot.Line2D([], [], marker="o", linestyle="", color=color) for color in shortest]
     figure.legend(handles, shortest.values(), loc="outside lower right", ncols=4, fontsize=8)
     figure.suptitle("Attention op (dots) and logits op (squares) under the measured roofs")
