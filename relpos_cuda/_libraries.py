@@ -41,15 +41,14 @@ CUDA_HOST_SOURCES = ("plan.cpp", "plan_attention.cpp")
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
 STABLE_ABI = ("-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY")  # of PyTorch 2.10
 _KERNEL_MATH = ("-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mprefer-vector-width=512")
 _X86_ISAS = {
     "baseline": (),
-    "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": (
-        *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
-        "-mprefer-vector-width=512",
-    ),
+    "avx2": _AVX2,
+    "avx512": _AVX512,
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
 }
-_PAIRS = (*_X86_ISAS["avx512"], "-mavx512bf16")
 # Should the compiler link its C++ runtime statically, this one stays private: another in the process has tables of its
 # own, of locales for one, and words put together by half of each end in a crash.
 _LINK = ("-Wl,--exclude-libs,ALL",)
@@ -140,12 +139,9 @@ def _cpu() -> Library:
     common = (*_COMMON, *_env.CXXFLAGS())
     dispatching = (*common, "-O3", *STABLE_ABI, *(("-DRELPOS_HAVE_X86_ISAS",) if x86 else ()))
     units = [Unit(csrc() / name, dispatching) for name in CPU_SOURCES]
-    for name in CPU_KERNELS:
-        for isa, flags in isas.items():
+    for isa, flags in isas.items():
+        for name in (*CPU_KERNELS, *(CPU_PAIR_KERNELS if isa == "avx512_bf16" else ())):
             units.append(Unit(csrc() / name, (*common, *_KERNEL_MATH, f"-DRELPOS_ISA={isa}", *flags), isa))
-    for name in CPU_PAIR_KERNELS if x86 else ():
-        flags = (*common, *_KERNEL_MATH, "-DRELPOS_ISA=avx512_bf16", *_PAIRS)
-        units.append(Unit(csrc() / name, flags, "avx512_bf16"))
     return Library(
         title="the CPU kernels",
         filename=FILENAMES["cpu"],

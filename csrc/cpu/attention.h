@@ -11,7 +11,6 @@
 
 #include "attention_kernels.h"
 #include "factors.h"
-#include "pair_kernels.h"
 
 namespace relpos {
 
@@ -41,40 +40,36 @@ struct Rows {
 // Tensor `name` must be like q but for its number of tokens.
 Rows rows_like(const char* name, const Tensor& t, const Tensor& q, const Shape& s, int64_t tokens);
 
-inline const PairKernels* pair_kernels() {
-#ifdef RELPOS_HAVE_X86_ISAS
-  if (has_pairs()) return &avx512_bf16::kPairs;
-#endif
-  return nullptr;
-}
-
 template <typename E>
-struct Attention : Problem<Sum<E>> {
-  using C = Sum<E>;
-  static constexpr bool kPairs = kNumbers<E> == 2;
+struct Attention : Problem<E> {
+  using typename Problem<E>::C;
+  using Problem<E>::kPairs, Problem<E>::pairs;
 
   C scale;
   Rows k, v;
   const AttentionKernels<C>& steps = attention_kernels<C>();
-  const PairKernels* pairs = pair_kernels();
 
-  void gemm(const Gemm<E>& g) const {
-    if constexpr (kPairs)
-      pairs->gemm(g);
-    else
-      this->run.gemm(g);
-  }
   static int64_t room(int64_t numbers) { return kPairs ? elements<E>(numbers) : 0; }
-  // Rows of numbers as an operand of products: themselves, or pairs made of them in this room.
-  const E* across(const C* numbers, int64_t ld, int64_t rows, int64_t columns, const Buffer<E>& room) const {
+  // Operands [count, D] of a strip, along, to [D, kStrip]: one query per lane, and across.
+  void transpose(E* to, const E* rows, int64_t count) const {
+    const int64_t columns = elements<E>(this->shape.D);
+    if constexpr (kPairs)
+      pairs->transpose(to, kStrip, rows, this->e_padded(), count, columns);
+    else
+      steps.transpose(to, kStrip, rows, this->e_padded(), count, columns, C{1});
+  }
+  // Operands [rows, ld] that are along, across: themselves, or the pairs of two rows each, in this room.
+  const E* across(const E* along, int64_t ld, int64_t rows, int64_t numbers, const Buffer<E>& room) const {
     if constexpr (kPairs) {
-      pairs->pack(room.get(), numbers, ld, rows, columns);
+      for (int64_t i = 0; i < rows; i += 2)
+        pairs->pack_rows(nullptr, room.get() + i * ld, 0, along + i * ld, i + 1 < rows ? along + (i + 1) * ld : nullptr,
+                         numbers);
       return room.get();
     } else {
-      return numbers;
+      return along;
     }
   }
-  // Where operands made of these numbers go.
+  // Where operands made of these numbers are.
   E* place(const Buffer<C>& numbers, const Buffer<E>& room) const {
     if constexpr (kPairs)
       return room.get();
@@ -95,14 +90,6 @@ struct Attention : Problem<Sum<E>> {
   }
 };
 
-// Calls f(E{}) for the elements that products of tensors like q are made of.
-template <typename F>
-void with_element(const Tensor& q, F&& f) {
-  if (q.scalar_type() == ScalarType::Double) return f(double{});
-  if (q.scalar_type() == ScalarType::BFloat16 && pair_kernels()) return f(Pair{});
-  f(float{});
-}
-
 // k or v of one group, [tokens, D padded], as operands of products.
 template <typename E>
 class Keys {
@@ -110,10 +97,10 @@ class Keys {
   enum Use { kAlong = 1, kAcross = 2 };
 
   Keys(const Attention<E>& p, int use)
-      : along_(!kPairs || use & kAlong ? p.shape.N() * p.d_padded / kNumbers<E> : 0),
+      : along_(!kPairs || use & kAlong ? p.shape.N() * p.e_padded() : 0),
         across_(kPairs && use & kAcross ? elements<E>(p.shape.N()) * p.d_padded : 0),
         use_(use) {}
-  const E* along(const Attention<E>& p, int64_t first) const { return along_.get() + first * p.d_padded / kNumbers<E>; }
+  const E* along(const Attention<E>& p, int64_t first) const { return along_.get() + first * p.e_padded(); }
   const E* across(const Attention<E>& p, int64_t first) const {
     return (kPairs ? across_ : along_).get() + first / kNumbers<E> * p.d_padded;
   }
@@ -184,23 +171,23 @@ struct KeyBlocks {
 template <typename E>
 struct AttentionScratch {
   using C = Sum<E>;
-  Scratch<C> tile;                 // q rows and factors of a tile
-  Keys<E> k, v;                    // of one group
-  Buffer<C> q, outer, inner, h_t;  // of a strip: [D, kStrip], factors [.., kStrip]; h_t only beside a t axis
-  Buffer<C> scores;                // [block, kStrip]
-  Buffer<E> q_pairs, score_pairs;  // the same as operands, where those are pairs
-  int64_t loaded = -1;             // the group that k and v hold
+  Scratch<E> tile;              // q rows and factors of a tile
+  Keys<E> k, v;                 // of one group
+  Buffer<E> q;                  // of a strip: [D, kStrip]
+  Buffer<C> outer, inner, h_t;  // its factors, [.., kStrip]; h_t only beside a t axis
+  Buffer<C> scores;             // [block, kStrip]
+  Buffer<E> score_pairs;        // the same as operands, where those are pairs
+  int64_t loaded = -1;          // the group that k and v hold
 
   AttentionScratch(const Attention<E>& p, int64_t queries, int use_of_k, int use_of_v)
       : tile(p, queries),
         k(p, use_of_k),
         v(p, use_of_v),
-        q(p.d_padded * kStrip),
+        q(p.e_padded() * kStrip),
         outer(p.shape.outer_keys() * kStrip),
         inner(p.shape.axis[kW].keys * kStrip),
         h_t(p.shape.axis[kT].rows ? (p.shape.axis[kT].keys + p.shape.axis[kH].keys) * kStrip : 0),
         scores(KeyBlocks(p.shape.N()).size * kStrip),
-        q_pairs(p.room(p.d_padded * kStrip)),
         score_pairs(p.room(KeyBlocks(p.shape.N()).size * kStrip)) {}
 
   void load_group(const Attention<E>& p, int64_t group) {
@@ -211,10 +198,10 @@ struct AttentionScratch {
   }
 };
 
-template <typename E, typename C = Sum<E>>
-void load_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C>* axes, const AttentionScratch<E>& mine) {
-  p.load_rows(mine.tile.q.get(), tile.count, p.q_dtype,
-              [&](int64_t i) { return p.q_row(tile.group, tile.token(p, i)); });
+template <typename E>
+void load_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<E>* axes, const AttentionScratch<E>& mine) {
+  p.load_operands(mine.tile.q.get(), tile.count, p.q_dtype,
+                  [&](int64_t i) { return p.q_row(tile.group, tile.token(p, i)); });
   if (tile.biased) compute_factors(p, tile.grid, axes, mine.tile);
 }
 
@@ -225,7 +212,7 @@ void load_strip(const Attention<E>& p, const QueryTile& tile, int64_t first, int
   const Shape& s = p.shape;
   const int64_t keys_t = s.axis[kT].keys, keys_h = s.axis[kH].keys, keys_w = s.axis[kW].keys;
   C *outer = mine.outer.get(), *inner = mine.inner.get();
-  p.steps.transpose(mine.q.get(), kStrip, mine.tile.q.get() + first * p.d_padded, p.d_padded, count, s.D, C{1});
+  p.transpose(mine.q.get(), mine.tile.q.get() + first * p.e_padded(), count);
   if (!tile.biased) {
     std::fill(outer, outer + s.outer_keys() * kStrip, C{});
     std::fill(inner, inner + keys_w * kStrip, C{});
@@ -242,17 +229,17 @@ void load_strip(const Attention<E>& p, const QueryTile& tile, int64_t first, int
       outer[o * kStrip + i] = t[o / keys_h * kStrip + i] + h[o % keys_h * kStrip + i];
 }
 
-// The product <q, k> of a strip and the keys first .. first + keys; q is an operand, [D, kStrip].
+// The product <q, k> of a strip and the keys first .. first + keys.
 template <typename E, typename C = Sum<E>>
-Gemm<E> score_product(const Attention<E>& p, int64_t first, int64_t keys, int64_t queries, const E* q,
+Gemm<E> score_product(const Attention<E>& p, int64_t first, int64_t keys, int64_t queries,
                       const AttentionScratch<E>& mine) {
   return {keys,
           padded<C>(queries),
           elements<E>(p.shape.D),
           mine.k.along(p, first),
-          elements<E>(p.d_padded),
+          p.e_padded(),
           1,
-          q,
+          mine.q.get(),
           kStrip,
           mine.scores.get(),
           kStrip,

@@ -40,23 +40,26 @@ struct Backward : Attention<E> {
 template <typename E>
 struct BackwardScratch : AttentionScratch<E> {
   using C = Sum<E>;
-  Buffer<C> grad_rows, dq_rows;          // of a tile, [queries, D padded]
-  Buffer<C> grad, dq, d_outer, d_inner;  // of a strip, one query per lane
-  Buffer<C> d_scores, lse, delta, block;
-  Buffer<E> grad_pairs, d_along, d_across, q_across, grad_across;  // operands, where those are pairs
+  Buffer<E> grad_rows;             // of a tile, as operands
+  Buffer<C> dq_rows, q_numbers;    // [queries, D padded]; the latter where operands are pairs
+  Buffer<E> grad;                  // of a strip, one query per lane
+  Buffer<C> dq, d_outer, d_inner;  // the same
+  Buffer<C> d_scores, lse, delta, grad_and_out, block;
+  Buffer<E> d_along, d_across, q_across, grad_across;  // operands, where those are pairs
   BackwardScratch(const Attention<E>& p, int64_t queries)
       : AttentionScratch<E>(p, queries, Keys<E>::kAlong | Keys<E>::kAcross, Keys<E>::kAlong),
-        grad_rows(queries * p.d_padded),
+        grad_rows(queries * p.e_padded()),
         dq_rows(queries * p.d_padded),
-        grad(p.d_padded * kStrip),
+        q_numbers(Attention<E>::kPairs ? queries * p.d_padded : 0),
+        grad(p.e_padded() * kStrip),
         dq(p.d_padded * kStrip),
         d_outer(p.shape.outer_keys() * kStrip),
         d_inner(p.shape.axis[kW].keys * kStrip),
         d_scores(KeyBlocks(p.shape.N()).size * kStrip),
         lse(kStrip),
         delta(kStrip),
+        grad_and_out(2 * p.d_padded),
         block(longest_axis(p.shape) * p.d_padded),
-        grad_pairs(p.room(p.d_padded * kStrip)),
         d_along(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
         d_across(p.room(KeyBlocks(p.shape.N()).size * kStrip)),
         q_across(p.room(p.d_padded * kStrip)),
@@ -68,18 +71,18 @@ template <typename E, typename C = Sum<E>>
 void load_statistics(const Backward<E>& p, const QueryTile& tile, int64_t first, int64_t count,
                      const BackwardScratch<E>& mine) {
   const Shape& s = p.shape;
-  const C* grad = mine.grad_rows.get() + first * p.d_padded;
-  C* out = mine.dq_rows.get() + first * p.d_padded;  // dq of these queries is not there yet
+  C *grad = mine.grad_and_out.get(), *out = grad + p.d_padded;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = tile.token(p, first + i);
     mine.lse.get()[i] = p.lse[tile.group * s.M() + token];
     if (KeyBlocks(s.N()).count == 1) continue;  // then delta is the block's own
+    p.run.load(grad, p.grad.at(s, tile.group, token), p.grad.dtype, s.D);
     p.run.load(out, p.out.at(s, tile.group, token), p.out.dtype, s.D);
     double sum = 0;
-    for (int64_t d = 0; d < s.D; ++d) sum += static_cast<double>(grad[i * p.d_padded + d]) * out[d];
+    for (int64_t d = 0; d < s.D; ++d) sum += static_cast<double>(grad[d]) * out[d];
     mine.delta.get()[i] = static_cast<C>(sum);
   }
-  p.steps.transpose(mine.grad.get(), kStrip, grad, p.d_padded, count, s.D, C{1});
+  p.transpose(mine.grad.get(), mine.grad_rows.get() + first * p.e_padded(), count);
 }
 
 // Factor gradients of a strip to rows of the tile, where the products of factors.h read them.
@@ -87,7 +90,7 @@ template <typename E, typename C = Sum<E>>
 void store_factor_gradients(const Attention<E>& p, int64_t first, int64_t count, const BackwardScratch<E>& mine) {
   const Shape& s = p.shape;
   const int64_t keys_t = s.axis[kT].keys, keys_h = s.axis[kH].keys;
-  const Scratch<C>& tile = mine.tile;
+  const Scratch<E>& tile = mine.tile;
   p.steps.transpose(tile.w.get() + first * p.w_ld, p.w_ld, mine.d_inner.get(), kStrip, s.axis[kW].keys, count, C{1});
   if (!s.axis[kT].rows) {
     p.steps.transpose(tile.h.get() + first * p.h_ld, p.h_ld, mine.d_outer.get(), kStrip, keys_h, count, C{1});
@@ -105,37 +108,24 @@ void store_factor_gradients(const Attention<E>& p, int64_t first, int64_t count,
   p.steps.transpose(tile.h.get() + first * p.h_ld, p.h_ld, h, kStrip, keys_h, count, C{1});
 }
 
-// Gradients of scores, which are operands along queries, across keys.
-template <typename E>
-const E* across_of(const Attention<E>& p, const E* along, int64_t keys, int64_t lanes, const BackwardScratch<E>& mine) {
-  if constexpr (Attention<E>::kPairs) {
-    constexpr int64_t ld = kStrip / 2;
-    for (int64_t n = 0; n < keys; n += 2)
-      p.pairs->pack_rows(nullptr, mine.d_across.get() + n * ld, 0, along + n * ld,
-                         n + 1 < keys ? along + (n + 1) * ld : nullptr, lanes);
-    return mine.d_across.get();
-  } else {
-    return along;
-  }
-}
-
 template <typename E, typename C = Sum<E>>
 void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const BackwardScratch<E>& mine, C* dk, C* dv) {
   const Shape& s = p.shape;
   const int64_t lanes = padded<C>(count), ld = p.d_padded;
   const KeyBlocks blocks(s.N());
-  const E* q = p.across(mine.q.get(), kStrip, s.D, lanes, mine.q_pairs);
-  const E* grad = p.across(mine.grad.get(), kStrip, s.D, lanes, mine.grad_pairs);
-  const E* q_rows = p.across(mine.tile.q.get() + first * ld, ld, count, ld, mine.q_across);
-  const E* grad_rows = p.across(mine.grad_rows.get() + first * ld, ld, count, ld, mine.grad_across);
+  const auto across = [&](const Buffer<E>& rows, const Buffer<E>& room) {
+    return p.across(rows.get() + first * p.e_padded(), p.e_padded(), count, s.D, room);
+  };
+  const E *q_rows = across(mine.tile.q, mine.q_across), *grad_rows = across(mine.grad_rows, mine.grad_across);
   E *weights = p.place(mine.scores, mine.score_pairs), *ds = p.place(mine.d_scores, mine.d_along);
   std::fill(mine.d_outer.get(), mine.d_outer.get() + s.outer_keys() * kStrip, C{});
   std::fill(mine.d_inner.get(), mine.d_inner.get() + s.axis[kW].keys * kStrip, C{});
   for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
     const int64_t keys = blocks.length(n);
-    p.gemm(score_product(p, n, keys, count, q, mine));
+    p.gemm(score_product(p, n, keys, count, mine));
     C* d = mine.d_scores.get();
-    p.gemm({keys, lanes, elements<E>(s.D), mine.v.along(p, n), elements<E>(ld), 1, grad, kStrip, d, kStrip, false});
+    p.gemm({keys, lanes, elements<E>(s.D), mine.v.along(p, n), p.e_padded(), 1, mine.grad.get(), kStrip, d, kStrip,
+            false});
     p.block().gradients(score_block(p, n, keys, count, mine), d, mine.lse.get(), mine.delta.get(), mine.d_outer.get(),
                         mine.d_inner.get(), weights, ds);
     const auto add_rows = [&](const E* weights, const E* rows, C* to) {
@@ -144,18 +134,30 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
     if (p.to.dv.data) add_rows(weights, grad_rows, dv);
     if (p.to.dk.data) add_rows(ds, q_rows, dk);
     if (p.to.dq.data)
-      p.gemm({s.D, lanes, elements<E>(keys), mine.k.across(p, n), 1, ld, across_of(p, ds, keys, lanes, mine), kStrip,
-              mine.dq.get(), kStrip, n != 0});
+      p.gemm({s.D, lanes, elements<E>(keys), mine.k.across(p, n), 1, ld,
+              p.across(ds, elements<E>(kStrip), keys, lanes, mine.d_across), kStrip, mine.dq.get(), kStrip, n != 0});
+  }
+}
+
+// The queries of a tile as numbers.
+template <typename E, typename C = Sum<E>>
+const C* numbers_of_q(const Attention<E>& p, const QueryTile& tile, const BackwardScratch<E>& mine) {
+  if constexpr (Attention<E>::kPairs) {
+    p.load_rows(mine.q_numbers.get(), tile.count, p.q_dtype,
+                [&](int64_t i) { return p.q_row(tile.group, tile.token(p, i)); });
+    return mine.q_numbers.get();
+  } else {
+    return mine.tile.q.get();
   }
 }
 
 template <typename E, typename C = Sum<E>>
-void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<C>* columns, const AxisRows<C>* rows,
+void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<E>* columns, const AxisRows<E>* rows,
                     const BackwardScratch<E>& mine, C* dk, C* dv, C* dtable) {
   const Shape& s = p.shape;
   load_tile(p, tile, columns, mine);
-  p.load_rows(mine.grad_rows.get(), tile.count, p.grad.dtype,
-              [&](int64_t i) { return p.grad.at(s, tile.group, tile.token(p, i)); });
+  p.load_operands(mine.grad_rows.get(), tile.count, p.grad.dtype,
+                  [&](int64_t i) { return p.grad.at(s, tile.group, tile.token(p, i)); });
   for (int64_t first = 0; first < tile.count; first += kStrip) {
     const int64_t count = std::min(kStrip, tile.count - first);
     load_strip(p, tile, first, count, mine);
@@ -164,7 +166,8 @@ void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<
     if (tile.biased) store_factor_gradients(p, first, count, mine);
     p.steps.transpose(mine.dq_rows.get() + first * p.d_padded, p.d_padded, mine.dq.get(), kStrip, s.D, count, p.scale);
   }
-  if (tile.biased && p.to.table) table_gradient(p, tile.grid, rows, mine.tile, mine.block.get(), dtable);
+  if (tile.biased && p.to.table)
+    table_gradient(p, tile.grid, rows, mine.tile, numbers_of_q(p, tile, mine), mine.block.get(), dtable);
   if (!p.to.dq.data) return;
   if (tile.biased) query_gradient(p, tile.grid, rows, mine.tile, mine.dq_rows.get(), true);
   for (int64_t i = 0; i < tile.count; ++i)
@@ -186,7 +189,7 @@ template <typename E, typename C = Sum<E>>
 void backward(const Backward<E>& p, std::optional<Tensor>& dtable, const Tensor& table, const int32_t* index) {
   const Shape& s = p.shape;
   const Buffer<C> all = load_table(p, table);
-  AxisRows<C> columns[kAxes], rows[kAxes];
+  AxisRows<E> columns[kAxes], rows[kAxes];
   arrange_all(s, index, all.get(), true, columns);
   arrange_all(s, index, all.get(), false, rows);
   const QueryTiles tiles(s);

@@ -24,10 +24,11 @@ namespace {
 
 template <typename E>
 struct ForwardScratch : AttentionScratch<E> {
-  Buffer<Sum<E>> out, largest, sum, shrink;  // [D, kStrip] and one value per lane
+  Buffer<Sum<E>> out, rows, largest, sum, shrink;  // [D, kStrip], [kStrip, D padded], one value per lane
   ForwardScratch(const Attention<E>& p, int64_t queries)
       : AttentionScratch<E>(p, queries, Keys<E>::kAlong, Keys<E>::kAcross),
         out(p.d_padded * kStrip),
+        rows(p.d_padded * kStrip),
         largest(kStrip),
         sum(kStrip),
         shrink(kStrip) {}
@@ -41,10 +42,9 @@ void attend_strip(const Attention<E>& p, int64_t count, const ForwardScratch<E>&
   const KeyBlocks blocks(s.N());
   std::fill(mine.largest.get(), mine.largest.get() + lanes, -std::numeric_limits<C>::infinity());
   std::fill(mine.sum.get(), mine.sum.get() + lanes, C{});
-  const E* q = p.across(mine.q.get(), kStrip, s.D, lanes, mine.q_pairs);
   for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
     const int64_t keys = blocks.length(n);
-    p.block().softmax(score_product(p, n, keys, count, q, mine), score_block(p, n, keys, count, mine), weights,
+    p.block().softmax(score_product(p, n, keys, count, mine), score_block(p, n, keys, count, mine), weights,
                       mine.largest.get(), mine.sum.get(), mine.shrink.get());
     if (n) p.steps.scale_lanes(mine.out.get(), mine.shrink.get(), s.D, lanes);
     p.gemm({s.D, lanes, elements<E>(keys), mine.v.across(p, n), 1, p.d_padded, weights, kStrip, mine.out.get(), kStrip,
@@ -56,7 +56,7 @@ void attend_strip(const Attention<E>& p, int64_t count, const ForwardScratch<E>&
 }
 
 template <typename E, typename C = Sum<E>>
-void forward_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C>* axes, ForwardScratch<E>& mine,
+void forward_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<E>* axes, ForwardScratch<E>& mine,
                   const Rows& out, C* lse) {
   const Shape& s = p.shape;
   mine.load_group(p, tile.group);
@@ -65,11 +65,10 @@ void forward_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C
     const int64_t count = std::min(kStrip, tile.count - first);
     load_strip(p, tile, first, count, mine);
     attend_strip(p, count, mine);
-    C* rows = mine.tile.q.get() + first * p.d_padded;  // these queries are not needed any more
-    p.steps.transpose(rows, p.d_padded, mine.out.get(), kStrip, s.D, count, C{1});
+    p.steps.transpose(mine.rows.get(), p.d_padded, mine.out.get(), kStrip, s.D, count, C{1});
     for (int64_t i = 0; i < count; ++i) {
       const int64_t token = tile.token(p, first + i);
-      p.run.store(out.at(s, tile.group, token), rows + i * p.d_padded, out.dtype, s.D);
+      p.run.store(out.at(s, tile.group, token), mine.rows.get() + i * p.d_padded, out.dtype, s.D);
       if (lse) lse[tile.group * s.M() + token] = mine.largest.get()[i] + std::log(mine.sum.get()[i]);
     }
   }
@@ -78,7 +77,7 @@ void forward_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<C
 template <typename E, typename C = Sum<E>>
 void forward(const Attention<E>& p, const Tensor& table, const int32_t* index, const Rows& out, C* lse) {
   const Buffer<C> all = load_table(p, table);
-  AxisRows<C> axes[kAxes];
+  AxisRows<E> axes[kAxes];
   arrange_all(p.shape, index, all.get(), true, axes);
   const QueryTiles tiles(p.shape);
   parallel_for(0, p.shape.groups * tiles.per_group(), 1, [&](int64_t begin, int64_t end) {

@@ -16,6 +16,7 @@
 #include "../checks.h"
 #include "isa.h"
 #include "logits_kernels.h"
+#include "pair_kernels.h"
 #include "parallel.h"
 #include "tiles.h"
 
@@ -27,6 +28,13 @@ const LogitsKernels<C>& kernels() {
     return RELPOS_CHOOSE(kLogitsDouble);
   else
     return RELPOS_CHOOSE(kLogitsFloat);
+}
+
+inline const PairKernels* pair_kernels() {
+#ifdef RELPOS_HAVE_X86_ISAS
+  if (has_pairs()) return &avx512_bf16::kPairs;
+#endif
+  return nullptr;
 }
 
 inline Dtype dtype_of(const char* name, const Tensor& t) {
@@ -49,6 +57,14 @@ inline ScalarType wide_type_of(const Tensor& q) {
   return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// Calls f(E{}) for the elements that products of tensors like q are made of.
+template <typename F>
+void with_element(const Tensor& q, F&& f) {
+  if (q.scalar_type() == ScalarType::Double) return f(double{});
+  if (q.scalar_type() == ScalarType::BFloat16 && pair_kernels()) return f(Pair{});
+  f(float{});
+}
+
 inline int64_t bytes_of(Dtype t) { return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2; }
 
 // ---- queries and tables of one call, everything resolved
@@ -59,13 +75,18 @@ inline void prefetch(const void* row, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(row) + i);
 }
 
-template <typename C>
+// E: what queries and the table are multiplied as, C: what sums are in.
+template <typename E>
 struct Problem {
+  using C = Sum<E>;
+  static constexpr bool kPairs = kNumbers<E> == 2;
+
   Shape shape;
   QueryStrides strides;
   const void* q;
   Dtype q_dtype;
   const LogitsKernels<C>& run = kernels<C>();
+  const PairKernels* pairs = pair_kernels();
   int64_t d_padded = padded<C>(shape.D);
   int64_t t_ld = padded<C>(shape.axis[kT].factors()), h_ld = padded<C>(shape.axis[kH].keys),
           w_ld = padded<C>(shape.axis[kW].keys);
@@ -76,26 +97,50 @@ struct Problem {
   int64_t query(const Tile& t, int64_t i) const {  // token of the i-th query of a tile
     return shape.prefix + (t.line + i / t.columns) * shape.axis[kW].queries + t.column + i % t.columns;
   }
-  // Rows at(0) .. at(count - 1) of D numbers each to rows of the compute type. Tokens of a packed qkv lie kilobytes
-  // apart, and no processor sees the next one coming.
-  template <typename At>
-  void load_rows(C* to, int64_t count, Dtype dtype, At&& at) const {
-    const int64_t bytes = shape.D * bytes_of(dtype);
+  // Calls f(i, row) for rows at(0) .. at(count - 1) of so many bytes. Tokens of a packed qkv lie kilobytes apart, and
+  // no processor sees the next one coming.
+  template <typename At, typename F>
+  static void for_each_row(int64_t count, int64_t bytes, At&& at, F&& f) {
     for (int64_t i = 0; i < std::min(kRowsAhead, count); ++i) prefetch(at(i), bytes);
     for (int64_t i = 0; i < count; ++i) {
       if (i + kRowsAhead < count) prefetch(at(i + kRowsAhead), bytes);
-      run.load(to + i * d_padded, at(i), dtype, shape.D);
+      f(i, at(i));
     }
+  }
+  // Rows of D numbers each, to rows of the compute type.
+  template <typename At>
+  void load_rows(C* to, int64_t count, Dtype dtype, At&& at) const {
+    for_each_row(count, shape.D * bytes_of(dtype), at,
+                 [&](int64_t i, const void* row) { run.load(to + i * d_padded, row, dtype, shape.D); });
+  }
+  // The same as operands of products, along D: numbers, or pairs as they are.
+  int64_t e_padded() const { return elements<E>(d_padded); }
+  template <typename At>
+  void load_operands(E* to, int64_t count, Dtype dtype, At&& at) const {
+    if constexpr (kPairs)
+      for_each_row(count, shape.D * bytes_of(dtype), at, [&](int64_t i, const void* row) {
+        std::memcpy(to + i * e_padded(), row, shape.D * bytes_of(dtype));
+      });
+    else
+      load_rows(to, count, dtype, at);
+  }
+  void gemm(const Gemm<E>& g) const {
+    if constexpr (kPairs)
+      pairs->gemm(g);
+    else
+      run.gemm(g);
   }
   int64_t factor_ld(int a) const { return a == kT ? t_ld : a == kH ? h_ld : w_ld; }
 };
 
-// Working memory of one thread: q and the factors of a tile.
-template <typename C>
+// Working memory of one thread: q, as operands, and the factors of a tile.
+template <typename E>
 struct Scratch {
-  Buffer<C> q, t, h, w, outer;  // outer: of one query
-  Scratch(const Problem<C>& p, int64_t queries)
-      : q(queries * p.d_padded),
+  using C = Sum<E>;
+  Buffer<E> q;
+  Buffer<C> t, h, w, outer;  // outer: of one query
+  Scratch(const Problem<E>& p, int64_t queries)
+      : q(queries * p.e_padded()),
         t(queries * p.t_ld),
         h(queries * p.h_ld),
         w(queries * p.w_ld),
@@ -103,13 +148,13 @@ struct Scratch {
   C* factors(int a) const { return (a == kT ? t : a == kH ? h : w).get(); }
 };
 
-template <typename C>
-void load_queries(const Problem<C>& p, const Tile& t, C* q) {
-  p.load_rows(q, t.queries(), p.q_dtype, [&](int64_t i) { return p.q_row(t.group, p.query(t, i)); });
+template <typename E>
+void load_queries(const Problem<E>& p, const Tile& t, E* q) {
+  p.load_operands(q, t.queries(), p.q_dtype, [&](int64_t i) { return p.q_row(t.group, p.query(t, i)); });
 }
 
-template <typename C>
-Buffer<C> load_table(const Problem<C>& p, const Tensor& table) {
+template <typename E, typename C = Sum<E>>
+Buffer<C> load_table(const Problem<E>& p, const Tensor& table) {
   Buffer<C> all(p.shape.table_rows() * p.d_padded);
   const char* src = static_cast<const char*>(table.const_data_ptr());
   p.load_rows(all.get(), p.shape.table_rows(), p.q_dtype,
@@ -117,23 +162,23 @@ Buffer<C> load_table(const Problem<C>& p, const Tensor& table) {
   return all;
 }
 
-template <typename C>
-void arrange_all(const Shape& s, const int32_t* index, const C* table, bool forward, AxisRows<C>* axes) {
+template <typename E>
+void arrange_all(const Shape& s, const int32_t* index, const Sum<E>* table, bool forward, AxisRows<E>* axes) {
   for (int a = 0; a < kAxes; ++a)
-    if (s.axis[a].rows) axes[a] = arrange(s, s.axis[a], index, table, forward);
+    if (s.axis[a].rows) axes[a] = arrange<E>(s, s.axis[a], index, table, forward);
 }
 
 // ---- forward
-template <typename C>
-void compute_factors(const Problem<C>& p, const Tile& tile, const AxisRows<C>* axes, const Scratch<C>& mine) {
+template <typename E>
+void compute_factors(const Problem<E>& p, const Tile& tile, const AxisRows<E>* axes, const Scratch<E>& mine) {
   const Shape& s = p.shape;
   for (int a = 0; a < kAxes; ++a) {
     if (!s.axis[a].rows) continue;
     const int64_t ld = p.factor_ld(a);
     for_each_sharing(s, tile, a, [&](const Sharing& x) {
-      p.run.gemm({x.count, ld, s.D, mine.q.get() + x.first * p.d_padded, x.step * p.d_padded, 1,
-                  axes[a].by_column(x.coordinate, s.D), axes[a].column_ld, mine.factors(a) + x.first * ld, x.step * ld,
-                  false});
+      p.gemm({x.count, ld, elements<E>(s.D), mine.q.get() + x.first * p.e_padded(), x.step * p.e_padded(), 1,
+              axes[a].by_column(x.coordinate, s.D), axes[a].column_ld, mine.factors(a) + x.first * ld, x.step * ld,
+              false});
     });
   }
 }
@@ -146,8 +191,8 @@ inline int64_t longest_axis(const Shape& s) {  // keys of one coordinate, at mos
 }
 
 // dq, [queries, D padded]: set, or added to what is there.
-template <typename C>
-void query_gradient(const Problem<C>& p, const Tile& tile, const AxisRows<C>* axes, const Scratch<C>& mine, C* dq,
+template <typename E>
+void query_gradient(const Problem<E>& p, const Tile& tile, const AxisRows<E>* axes, const Scratch<E>& mine, Sum<E>* dq,
                     bool accumulate) {
   const Shape& s = p.shape;
   for (int a = 0; a < kAxes; ++a) {
@@ -162,20 +207,20 @@ void query_gradient(const Problem<C>& p, const Tile& tile, const AxisRows<C>* ax
   }
 }
 
-// dtable, [rows, D padded], each axis back to front like AxisRows.
-template <typename C>
-void table_gradient(const Problem<C>& p, const Tile& tile, const AxisRows<C>* axes, const Scratch<C>& mine, C* block,
-                    C* dtable) {
+// dtable, [rows, D padded], each axis back to front like AxisRows. q: the queries, as numbers.
+template <typename E, typename C = Sum<E>>
+void table_gradient(const Problem<E>& p, const Tile& tile, const AxisRows<E>* axes, const Scratch<E>& mine, const C* q,
+                    C* block, C* dtable) {
   const Shape& s = p.shape;
   for (int a = 0; a < kAxes; ++a) {
     if (!s.axis[a].rows) continue;
-    const AxisRows<C>& r = axes[a];
+    const AxisRows<E>& r = axes[a];
     const int64_t ld = p.factor_ld(a), keys = s.axis[a].keys;
     C* axis_gradient = dtable + s.axis[a].first_row * p.d_padded;
     for_each_sharing(s, tile, a, [&](const Sharing& x) {
       C* into = r.windowed ? axis_gradient + r.start(x.coordinate) * p.d_padded : block;
-      p.run.gemm({keys, p.d_padded, x.count, mine.factors(a) + x.first * ld, 1, x.step * ld,
-                  mine.q.get() + x.first * p.d_padded, x.step * p.d_padded, into, p.d_padded, r.windowed});
+      p.run.gemm({keys, p.d_padded, x.count, mine.factors(a) + x.first * ld, 1, x.step * ld, q + x.first * p.d_padded,
+                  x.step * p.d_padded, into, p.d_padded, r.windowed});
       for (int64_t i = 0; !r.windowed && i < keys; ++i) {
         C* row = axis_gradient + (r.last_row() - r.index[x.coordinate * keys + i]) * p.d_padded;
         for (int64_t d = 0; d < s.D; ++d) row[d] += block[i * p.d_padded + d];
@@ -187,8 +232,8 @@ void table_gradient(const Problem<C>& p, const Tile& tile, const AxisRows<C>* ax
 constexpr int64_t kSlices = 128;  // of the table gradient; fixed, so that sums never depend on the machine
 
 // The slices of the table gradient, [slices, rows, D padded], summed in order.
-template <typename C>
-void sum_slices(const Problem<C>& p, const C* partial, int64_t slices, Tensor& dtable) {
+template <typename E, typename C = Sum<E>>
+void sum_slices(const Problem<E>& p, const C* partial, int64_t slices, Tensor& dtable) {
   const Shape& s = p.shape;
   const int64_t slice_size = s.table_rows() * p.d_padded;
   const Dtype dtype = dtype_of("dtable", dtable);

@@ -39,18 +39,20 @@ inline const char* instruction_set() {
   return chosen.c_str();
 }
 
-// AVX-512 with products of bfloat16: of that set, there are kernels for these products only (pair_kernels.h).
+// Products of bfloat16: pair_kernels.h.
 inline bool has_pairs() { return !std::strcmp(instruction_set(), "avx512_bf16"); }
 
-// The table of this instruction set, of those compiled: `baseline`, and on x86 the two others.
+// The table of this instruction set, of those compiled: `baseline`, and on x86 the others.
 #ifdef RELPOS_HAVE_X86_ISAS
 template <typename Table>
-const Table& for_this_processor(const Table& baseline, const Table& avx2, const Table& avx512) {
-  if (has_pairs() || !std::strcmp(instruction_set(), "avx512")) return avx512;
+const Table& for_this_processor(const Table& baseline, const Table& avx2, const Table& avx512,
+                                const Table& avx512_bf16) {
+  if (has_pairs()) return avx512_bf16;
+  if (!std::strcmp(instruction_set(), "avx512")) return avx512;
   if (!std::strcmp(instruction_set(), "avx2")) return avx2;
   return baseline;
 }
-#define RELPOS_CHOOSE(table) for_this_processor(baseline::table, avx2::table, avx512::table)
+#define RELPOS_CHOOSE(table) for_this_processor(baseline::table, avx2::table, avx512::table, avx512_bf16::table)
 #else
 #define RELPOS_CHOOSE(table) baseline::table
 #endif

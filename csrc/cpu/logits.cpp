@@ -15,8 +15,8 @@
 namespace relpos {
 namespace {
 
-template <typename C>
-struct LogitsProblem : Problem<C> {
+template <typename E>
+struct LogitsProblem : Problem<E> {
   Dtype logits_dtype;
 
   int64_t logits_offset(int64_t group, int64_t m, int64_t n) const {
@@ -25,8 +25,8 @@ struct LogitsProblem : Problem<C> {
 };
 
 // ---- forward
-template <typename C>
-void forward_tile(const LogitsProblem<C>& p, const Tile& tile, const AxisRows<C>* axes, const Scratch<C>& mine,
+template <typename E, typename C = Sum<E>>
+void forward_tile(const LogitsProblem<E>& p, const Tile& tile, const AxisRows<E>* axes, const Scratch<E>& mine,
                   char* out, const char* logits) {
   const Shape& s = p.shape;
   load_queries(p, tile, mine.q.get());
@@ -48,17 +48,17 @@ void forward_tile(const LogitsProblem<C>& p, const Tile& tile, const AxisRows<C>
   }
 }
 
-template <typename C>
-void forward(const LogitsProblem<C>& p, Tensor& out, const Tensor& logits, const Tensor& table, const int32_t* index) {
+template <typename E>
+void forward(const LogitsProblem<E>& p, Tensor& out, const Tensor& logits, const Tensor& table, const int32_t* index) {
   const Shape& s = p.shape;
   char* dst = static_cast<char*>(out.mutable_data_ptr());
   const char* src = static_cast<const char*>(logits.const_data_ptr());
-  const Buffer<C> all = load_table(p, table);
-  AxisRows<C> axes[kAxes];
+  const auto all = load_table(p, table);
+  AxisRows<E> axes[kAxes];
   arrange_all(s, index, all.get(), true, axes);
   const Tiling tiles(s);
   parallel_for(0, tiles.count(), 1, [&](int64_t begin, int64_t end) {
-    const Scratch<C> mine(p, tiles.max_queries());
+    const Scratch<E> mine(p, tiles.max_queries());
     for (int64_t i = begin; i < end; ++i) forward_tile(p, tiles[i], axes, mine, dst, src);
   });
   if (dst == src || !s.prefix) return;
@@ -115,7 +115,7 @@ void backward(const LogitsProblem<C>& p, const Tensor& grad, std::optional<Tenso
         sum_gradients(p, tile, g, mine);
         if (dtable) {
           load_queries(p, tile, mine.q.get());
-          table_gradient(p, tile, axes, mine, block.get(), partial.get() + slice * slice_size);
+          table_gradient(p, tile, axes, mine, mine.q.get(), block.get(), partial.get() + slice * slice_size);
         }
         if (dq) {
           query_gradient(p, tile, axes, mine, mine.q.get(), false);
@@ -137,13 +137,9 @@ void check_logits(const char* name, const Tensor& t, const Shape& s, const Tenso
   check_buffer(name, t, q, t.scalar_type(), s.rows() * s.N());
 }
 
-template <typename F>
-void with_problem(const Shape& s, const QueryStrides& strides, const Tensor& q, const Tensor& logits, F&& f) {
-  const Dtype q_dtype = dtype_of("q", q), logits_dtype = dtype_of("attn", logits);
-  if (q_dtype == Dtype::kFloat64)
-    f(LogitsProblem<double>{{s, strides, q.const_data_ptr(), q_dtype}, logits_dtype});
-  else
-    f(LogitsProblem<float>{{s, strides, q.const_data_ptr(), q_dtype}, logits_dtype});
+template <typename E>
+LogitsProblem<E> problem(const Shape& s, const QueryStrides& strides, const Tensor& q, const Tensor& logits) {
+  return {{s, strides, q.const_data_ptr(), dtype_of("q", q)}, dtype_of("attn", logits)};
 }
 
 void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, const Tensor& table,
@@ -154,8 +150,9 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
   check_logits("out", out, s, q);
   check_buffer("attn", logits, q, out.scalar_type(), out.numel());
   if (s.groups == 0) return;
-  with_problem(s, strides, q, out,
-               [&](const auto& p) { forward(p, out, logits, table, index.const_data_ptr<int32_t>()); });
+  with_element(q, [&](auto element) {
+    forward(problem<decltype(element)>(s, strides, q, out), out, logits, table, index.const_data_ptr<int32_t>());
+  });
 }
 
 void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Tensor& grad, const Tensor& q,
@@ -171,8 +168,10 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
     if (dtable) std::memset(dtable->mutable_data_ptr(), 0, dtable->numel() * bytes_of(dtype_of("dtable", *dtable)));
     return;
   }
-  with_problem(s, strides, q, grad,
-               [&](const auto& p) { backward(p, grad, dq, dtable, table, index.const_data_ptr<int32_t>()); });
+  with_element(q, [&](auto element) {  // gradients of factors are numbers, and so is what they multiply
+    backward(problem<Sum<decltype(element)>>(s, strides, q, grad), grad, dq, dtable, table,
+             index.const_data_ptr<int32_t>());
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(relpos_cuda, CPU, m) {

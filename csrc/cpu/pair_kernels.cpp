@@ -4,18 +4,16 @@
 #include "attention_lanes.h"
 #include "gemm.h"
 #include "simd.h"
+#include "transpose.h"
 
 namespace relpos {
 namespace RELPOS_ISA {
 namespace {
 
-void pack(Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns) {
-  for (int64_t r = 0; r < rows; r += 2)
-    for (int64_t c = 0; c < columns; c += kLanes<float>) {
-      const int64_t valid = columns - c < kLanes<float> ? columns - c : kLanes<float>;
-      const float* at = from + r * ld + c;
-      store_across(across + r / 2 * ld + c, {load_first(at, valid), load_first(at + ld, r + 1 == rows ? 0 : valid)});
-    }
+void transpose_pairs(Pair* to, int64_t to_ld, const Pair* from, int64_t from_ld, int64_t rows, int64_t columns) {
+  static_assert(sizeof(Pair) == sizeof(float));
+  transpose_squares(reinterpret_cast<float*>(to), to_ld, rows, columns,
+                    [=](int64_t r, int64_t c) { return load(reinterpret_cast<const float*>(from + r * from_ld + c)); });
 }
 
 void pack_rows(Pair* along, Pair* across, int64_t ld, const void* first, const void* second, int64_t n) {
@@ -34,7 +32,7 @@ void pack_rows(Pair* along, Pair* across, int64_t ld, const void* first, const v
 }  // namespace
 
 extern const PairKernels kPairs;
-const PairKernels kPairs = {{softmax<Pair>, gradients<Pair>}, gemm<Pair>, pack, pack_rows};
+const PairKernels kPairs = {{softmax<Pair>, gradients<Pair>}, gemm<Pair>, transpose_pairs, pack_rows};
 
 }  // namespace RELPOS_ISA
 }  // namespace relpos

@@ -16,11 +16,11 @@ namespace relpos {
 struct PairKernels {
   BlockKernels<Pair> block;
   void (*gemm)(const Gemm<Pair>&);
-  // Numbers rounded to bfloat16 and paired. What is beyond the last row of a pair or the last column of a vector is
-  // taken for zero: in a product, it may meet an infinity.
-  void (*pack)(Pair* across, const float* from, int64_t ld, int64_t rows, int64_t columns);
+  // to[c, r] = from[r, c]; rows up to whole vectors are written as zero.
+  void (*transpose)(Pair* to, int64_t to_ld, const Pair* from, int64_t from_ld, int64_t rows, int64_t columns);
   // Two rows of bfloat16, n numbers each, paired in either way or, where the pointer is null, not. The second may be
-  // null.
+  // null. What is beyond n, up to whole vectors, is taken for zero, and so is the second of these: in a product, it may
+  // meet an infinity.
   void (*pack_rows)(Pair* along, Pair* across, int64_t ld, const void* first, const void* second, int64_t n);
 };
 

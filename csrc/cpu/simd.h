@@ -124,10 +124,14 @@ inline Vec<float> load(const Float16* p) {
 inline void store(float* p, Vec<float> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(double* p, Vec<double> v) { std::memcpy(p, &v, sizeof v); }
 inline void store(BFloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)  // below 1.2e-38 it is zero
+  const auto h = _mm512_cvtneps_pbh(reinterpret_cast<__m512>(v));
+#else
   const Words u = reinterpret_cast<Words>(v);
   const Words rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const Words is_nan = reinterpret_cast<Words>(v != v);
   const Halves h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0u), Halves);
+#endif
   std::memcpy(p, &h, sizeof h);
 }
 inline void store(Float16* p, Vec<float> v) {

@@ -31,33 +31,49 @@ class Buffer {
 // ---- the rows of one axis that one query coordinate uses, R[c] = [keys, D]
 //
 // Stored back to front, so that the row of key i is start(c) + i where the grids agree ("windowed").
-// Otherwise each coordinate's rows are gathered into a block of their own.
-template <typename C>
+// Otherwise each coordinate's rows are gathered into a block of their own. E: what columns are multiplied as.
+template <typename E>
 struct AxisRows {
+  using C = Sum<E>;
   const Axis* axis = nullptr;
   const int32_t* index = nullptr;
   bool windowed = true;
   int64_t d_padded = 0, column_ld = 0;
-  Buffer<C> rows{0}, columns{0};  // [.., D padded] and [D, ..]
+  Buffer<C> rows{0};     // [.., D padded]
+  Buffer<E> columns{0};  // [D, ..]
 
   int64_t last_row() const { return axis->first_row + axis->rows - 1; }
   int64_t start(int64_t c) const { return last_row() - index[c * axis->keys]; }
   const C* by_row(int64_t c) const { return rows.get() + (windowed ? start(c) : c * axis->keys) * d_padded; }
-  const C* by_column(int64_t c, int64_t D) const { return columns.get() + (windowed ? start(c) : c * D * column_ld); }
+  const E* by_column(int64_t c, int64_t D) const {
+    return columns.get() + (windowed ? start(c) : c * elements<E>(D) * column_ld);
+  }
 };
 
-template <typename C>
-bool is_windowed(const AxisRows<C>& r) {
+template <typename E>
+bool is_windowed(const AxisRows<E>& r) {
   for (int64_t c = 0; c < r.axis->queries; ++c)
     for (int64_t i = 1; i < r.axis->keys; ++i)
       if (r.index[c * r.axis->keys + i] != r.index[c * r.axis->keys] - i) return false;
   return true;
 }
 
+// Number d of a column of elements; of a pair, numbers are bfloat16 already.
+template <typename E>
+void set_number(E* column, int64_t ld, int64_t d, E x) {
+  column[d * ld] = x;
+}
+inline void set_number(Pair* column, int64_t ld, int64_t d, float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  Pair& pair = column[d / 2 * ld];
+  (d % 2 ? pair.second : pair.first) = static_cast<uint16_t>(bits >> 16);
+}
+
 // table: [rows, D padded] in the compute type. Forward reads columns, backward reads rows.
-template <typename C>
-AxisRows<C> arrange(const Shape& s, const Axis& axis, const int32_t* index, const C* table, bool forward) {
-  AxisRows<C> r;
+template <typename E, typename C = Sum<E>>
+AxisRows<E> arrange(const Shape& s, const Axis& axis, const int32_t* index, const C* table, bool forward) {
+  AxisRows<E> r;
   r.axis = &axis;
   r.index = index + axis.index;
   r.windowed = is_windowed(r);
@@ -65,7 +81,7 @@ AxisRows<C> arrange(const Shape& s, const Axis& axis, const int32_t* index, cons
   const int64_t blocks = r.windowed ? 1 : axis.queries, length = r.windowed ? axis.rows : axis.keys;
   r.column_ld = padded<C>(length + (r.windowed ? kPadBytes / sizeof(C) : 0));  // a window may end past the last row
   if (forward)
-    r.columns = Buffer<C>(blocks * s.D * r.column_ld);
+    r.columns = Buffer<E>(blocks * elements<E>(s.D) * r.column_ld);
   else
     r.rows = Buffer<C>(blocks * length * r.d_padded);
   for (int64_t c = 0; c < blocks; ++c)
@@ -74,7 +90,8 @@ AxisRows<C> arrange(const Shape& s, const Axis& axis, const int32_t* index, cons
       if (!forward)
         std::memcpy(r.rows.get() + (c * length + i) * r.d_padded, row, r.d_padded * sizeof(C));
       else
-        for (int64_t d = 0; d < s.D; ++d) r.columns.get()[(c * s.D + d) * r.column_ld + i] = row[d];
+        for (int64_t d = 0; d < s.D; ++d)
+          set_number(r.columns.get() + c * elements<E>(s.D) * r.column_ld + i, r.column_ld, d, row[d]);
     }
   return r;
 }
