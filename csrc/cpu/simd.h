@@ -103,9 +103,16 @@ inline Vec<double> load(const double* p) {
   return v;
 }
 inline Vec<float> load(const BFloat16* p) {
+#if defined(__AVX512F__)  // GCC 12 converts by halves
+  const auto words = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  const auto words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
   Halves h;
   std::memcpy(&h, p, sizeof h);
-  return reinterpret_cast<Vec<float>>(__builtin_convertvector(h, Words) << 16);
+  const auto words = __builtin_convertvector(h, Words);
+#endif
+  return reinterpret_cast<Vec<float>>(reinterpret_cast<Words>(words) << 16);
 }
 inline Vec<float> load(const Float16* p) {
 #if defined(__AVX512F__)
