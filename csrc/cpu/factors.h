@@ -7,8 +7,8 @@
 // A tile is a few image rows of queries of one group ("lines") and a range of columns. With it, every
 // product is a small dense matrix product: queries of one line share R of the h axis, queries of one
 // column share R of the w axis. R itself is a window of the table where query and key grids agree, so it
-// is not copied out. Table gradients are summed in a fixed number of slices, in a fixed order: the result
-// does not depend on the number of threads.
+// is not copied out; backward, nor where it is every second or fourth row of one. Table gradients are summed in a fixed
+// number of slices, in a fixed order: the result does not depend on the number of threads.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -200,7 +200,7 @@ void query_gradient(const Problem<E>& p, const Tile& tile, const AxisRows<E>* ax
     const int64_t ld = p.factor_ld(a);
     for_each_sharing(s, tile, a, [&](const Sharing& x) {
       p.run.gemm({x.count, p.d_padded, s.axis[a].keys, mine.factors(a) + x.first * ld, x.step * ld, 1,
-                  axes[a].by_row(x.coordinate), p.d_padded, dq + x.first * p.d_padded, x.step * p.d_padded,
+                  axes[a].by_row(x.coordinate), axes[a].row_ld(), dq + x.first * p.d_padded, x.step * p.d_padded,
                   accumulate});
     });
     accumulate = true;
@@ -218,10 +218,10 @@ void table_gradient(const Problem<E>& p, const Tile& tile, const AxisRows<E>* ax
     const int64_t ld = p.factor_ld(a), keys = s.axis[a].keys;
     C* axis_gradient = dtable + s.axis[a].first_row * p.d_padded;
     for_each_sharing(s, tile, a, [&](const Sharing& x) {
-      C* into = r.windowed ? axis_gradient + r.start(x.coordinate) * p.d_padded : block;
+      C* into = r.gathered ? block : axis_gradient + r.start(x.coordinate) * p.d_padded;
       p.run.gemm({keys, p.d_padded, x.count, mine.factors(a) + x.first * ld, 1, x.step * ld, q + x.first * p.d_padded,
-                  x.step * p.d_padded, into, p.d_padded, r.windowed});
-      for (int64_t i = 0; !r.windowed && i < keys; ++i) {
+                  x.step * p.d_padded, into, r.row_ld(), !r.gathered});
+      for (int64_t i = 0; r.gathered && i < keys; ++i) {
         C* row = axis_gradient + (r.last_row() - r.index[x.coordinate * keys + i]) * p.d_padded;
         for (int64_t d = 0; d < s.D; ++d) row[d] += block[i * p.d_padded + d];
       }

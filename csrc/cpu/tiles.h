@@ -30,32 +30,35 @@ class Buffer {
 
 // ---- the rows of one axis that one query coordinate uses, R[c] = [keys, D]
 //
-// Stored back to front, so that the row of key i is start(c) + i where the grids agree ("windowed").
-// Otherwise each coordinate's rows are gathered into a block of their own. E: what columns are multiplied as.
+// Stored back to front, so that the row of key i is start(c) + i * step: 1 where the grids agree, more where queries
+// are finer. A product can read its rows with a step, not its columns; where it cannot, each coordinate has a block of
+// its own, gathered. E: what columns are multiplied as.
 template <typename E>
 struct AxisRows {
   using C = Sum<E>;
   const Axis* axis = nullptr;
   const int32_t* index = nullptr;
-  bool windowed = true;
+  int64_t step = 0;  // 0: rows follow no such rule
+  bool gathered = false;
   int64_t d_padded = 0, column_ld = 0;
   Buffer<C> rows{0};     // [.., D padded]
   Buffer<E> columns{0};  // [D, ..]
 
   int64_t last_row() const { return axis->first_row + axis->rows - 1; }
   int64_t start(int64_t c) const { return last_row() - index[c * axis->keys]; }
-  const C* by_row(int64_t c) const { return rows.get() + (windowed ? start(c) : c * axis->keys) * d_padded; }
+  const C* by_row(int64_t c) const { return rows.get() + (gathered ? c * axis->keys : start(c)) * d_padded; }
+  int64_t row_ld() const { return gathered ? d_padded : step * d_padded; }
   const E* by_column(int64_t c, int64_t D) const {
-    return columns.get() + (windowed ? start(c) : c * elements<E>(D) * column_ld);
+    return columns.get() + (gathered ? c * elements<E>(D) * column_ld : start(c));
   }
 };
 
-template <typename E>
-bool is_windowed(const AxisRows<E>& r) {
-  for (int64_t c = 0; c < r.axis->queries; ++c)
-    for (int64_t i = 1; i < r.axis->keys; ++i)
-      if (r.index[c * r.axis->keys + i] != r.index[c * r.axis->keys] - i) return false;
-  return true;
+inline int64_t step_of(const Axis& axis, const int32_t* index) {
+  const int64_t step = axis.keys > 1 ? index[0] - index[1] : 1;
+  for (int64_t c = 0; c < axis.queries; ++c, index += axis.keys)
+    for (int64_t i = 1; i < axis.keys; ++i)
+      if (index[i] != index[0] - i * step) return 0;
+  return std::max<int64_t>(step, 0);
 }
 
 // Number d of a column of elements; of a pair, numbers are bfloat16 already.
@@ -76,17 +79,18 @@ AxisRows<E> arrange(const Shape& s, const Axis& axis, const int32_t* index, cons
   AxisRows<E> r;
   r.axis = &axis;
   r.index = index + axis.index;
-  r.windowed = is_windowed(r);
+  r.step = step_of(axis, r.index);
+  r.gathered = forward ? r.step != 1 : r.step == 0;
   r.d_padded = padded<C>(s.D);
-  const int64_t blocks = r.windowed ? 1 : axis.queries, length = r.windowed ? axis.rows : axis.keys;
-  r.column_ld = padded<C>(length + (r.windowed ? kPadBytes / sizeof(C) : 0));  // a window may end past the last row
+  const int64_t blocks = r.gathered ? axis.queries : 1, length = r.gathered ? axis.keys : axis.rows;
+  r.column_ld = padded<C>(length + (r.gathered ? 0 : kPadBytes / sizeof(C)));  // a window may end past the last row
   if (forward)
     r.columns = Buffer<E>(blocks * elements<E>(s.D) * r.column_ld);
   else
     r.rows = Buffer<C>(blocks * length * r.d_padded);
   for (int64_t c = 0; c < blocks; ++c)
     for (int64_t i = 0; i < length; ++i) {
-      const C* row = table + (r.windowed ? r.last_row() - i : r.index[c * axis.keys + i]) * r.d_padded;
+      const C* row = table + (r.gathered ? r.index[c * axis.keys + i] : r.last_row() - i) * r.d_padded;
       if (!forward)
         std::memcpy(r.rows.get() + (c * length + i) * r.d_padded, row, r.d_padded * sizeof(C));
       else
