@@ -107,12 +107,13 @@ class Keys {
   void load(const Attention<E>& p, const Rows& from, int64_t group) const {
     const int64_t tokens = p.shape.N();
     const auto row = [&](int64_t i) { return i < tokens ? from.at(p.shape, group, i) : nullptr; };
+    const Asking ask = p.asking(from.strides, from.dtype, group);
     if constexpr (!kPairs) {
-      p.load_rows(along_.get(), tokens, from.dtype, row);
+      p.load_rows(along_.get(), tokens, from.dtype, ask, row);
     } else {
       for (int64_t i = 0; i < tokens; i += 2) {
         for (int64_t later : {i + kRowsAhead, i + kRowsAhead + 1})
-          if (later < tokens) prefetch(row(later), p.shape.D * bytes_of(from.dtype));
+          if (later < tokens) ask(row(later));
         const int64_t at = i * p.d_padded / 2;
         p.pairs->pack_rows(use_ & kAlong ? along_.get() + at : nullptr, use_ & kAcross ? across_.get() + at : nullptr,
                            p.d_padded, row(i), row(i + 1), p.shape.D);
@@ -200,7 +201,7 @@ struct AttentionScratch {
 
 template <typename E>
 void load_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<E>* axes, const AttentionScratch<E>& mine) {
-  p.load_operands(mine.tile.q.get(), tile.count, p.q_dtype,
+  p.load_operands(mine.tile.q.get(), tile.count, p.q_dtype, p.asking(p.strides, p.q_dtype, tile.group),
                   [&](int64_t i) { return p.q_row(tile.group, tile.token(p, i)); });
   if (tile.biased) compute_factors(p, tile.grid, axes, mine.tile);
 }

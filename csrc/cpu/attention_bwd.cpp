@@ -143,7 +143,7 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
 template <typename E, typename C = Sum<E>>
 const C* numbers_of_q(const Attention<E>& p, const QueryTile& tile, const BackwardScratch<E>& mine) {
   if constexpr (Attention<E>::kPairs) {
-    p.load_rows(mine.q_numbers.get(), tile.count, p.q_dtype,
+    p.load_rows(mine.q_numbers.get(), tile.count, p.q_dtype, p.asking(p.strides, p.q_dtype, tile.group),
                 [&](int64_t i) { return p.q_row(tile.group, tile.token(p, i)); });
     return mine.q_numbers.get();
   } else {
@@ -156,7 +156,7 @@ void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<
                     const BackwardScratch<E>& mine, C* dk, C* dv, C* dtable) {
   const Shape& s = p.shape;
   load_tile(p, tile, columns, mine);
-  p.load_operands(mine.grad_rows.get(), tile.count, p.grad.dtype,
+  p.load_operands(mine.grad_rows.get(), tile.count, p.grad.dtype, p.asking(p.grad.strides, p.grad.dtype, tile.group),
                   [&](int64_t i) { return p.grad.at(s, tile.group, tile.token(p, i)); });
   for (int64_t first = 0; first < tile.count; first += kStrip) {
     const int64_t count = std::min(kStrip, tile.count - first);

@@ -64,6 +64,8 @@ void forward_tile(const Attention<E>& p, const QueryTile& tile, const AxisRows<E
   for (int64_t first = 0; first < tile.count; first += kStrip) {
     const int64_t count = std::min(kStrip, tile.count - first);
     load_strip(p, tile, first, count, mine);
+    for (int64_t i = first; i < first + count; ++i)
+      prefetch<1, 2>(out.at(s, tile.group, tile.token(p, i)), s.D * bytes_of(out.dtype));
     attend_strip(p, count, mine);
     p.steps.transpose(mine.rows.get(), p.d_padded, mine.out.get(), kStrip, s.D, count, C{1});
     for (int64_t i = 0; i < count; ++i) {

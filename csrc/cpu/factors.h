@@ -68,12 +68,24 @@ void with_element(const Tensor& q, F&& f) {
 inline int64_t bytes_of(Dtype t) { return t == Dtype::kFloat64 ? 8 : t == Dtype::kFloat32 ? 4 : 2; }
 
 // ---- queries and tables of one call, everything resolved
-constexpr int64_t kRowsAhead = 8;
+//
+// Tokens of a packed qkv lie kilobytes apart, and no processor sees the next one coming. Rows are asked for some ahead;
+// where groups are small, the row of the next head with them, which memory has at hand: into L2, it is wanted soon.
+constexpr int64_t kRowsAhead = 8, kSmallGroup = 640;
 
+template <int WRITE, int LOCALITY>
 inline void prefetch(const void* row, int64_t bytes) {
   constexpr int64_t kLine = 64;
-  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(row) + i);
+  for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(row) + i, WRITE, LOCALITY);
 }
+struct Asking {
+  int64_t bytes, to_next;  // bytes of a row, and from it to that of the next head; 0: it is not asked for
+
+  void operator()(const void* row) const {
+    prefetch<0, 3>(row, bytes);
+    if (to_next) prefetch<0, 2>(static_cast<const char*>(row) + to_next, bytes);
+  }
+};
 
 // E: what queries and the table are multiplied as, C: what sums are in.
 template <typename E>
@@ -97,32 +109,33 @@ struct Problem {
   int64_t query(const Tile& t, int64_t i) const {  // token of the i-th query of a tile
     return shape.prefix + (t.line + i / t.columns) * shape.axis[kW].queries + t.column + i % t.columns;
   }
-  // Calls f(i, row) for rows at(0) .. at(count - 1) of so many bytes. Tokens of a packed qkv lie kilobytes apart, and
-  // no processor sees the next one coming.
+  Asking asking(const QueryStrides& rows, Dtype dtype, int64_t group) const {
+    const bool soon = shape.M() <= kSmallGroup && shape.N() <= kSmallGroup && (group + 1) % shape.heads != 0;
+    return {shape.D * bytes_of(dtype), soon ? rows.head * bytes_of(dtype) : 0};
+  }
+  // Calls f(i, row) for rows at(0) .. at(count - 1).
   template <typename At, typename F>
-  static void for_each_row(int64_t count, int64_t bytes, At&& at, F&& f) {
-    for (int64_t i = 0; i < std::min(kRowsAhead, count); ++i) prefetch(at(i), bytes);
+  static void for_each_row(int64_t count, const Asking& ask, At&& at, F&& f) {
+    for (int64_t i = 0; i < std::min(kRowsAhead, count); ++i) ask(at(i));
     for (int64_t i = 0; i < count; ++i) {
-      if (i + kRowsAhead < count) prefetch(at(i + kRowsAhead), bytes);
+      if (i + kRowsAhead < count) ask(at(i + kRowsAhead));
       f(i, at(i));
     }
   }
   // Rows of D numbers each, to rows of the compute type.
   template <typename At>
-  void load_rows(C* to, int64_t count, Dtype dtype, At&& at) const {
-    for_each_row(count, shape.D * bytes_of(dtype), at,
-                 [&](int64_t i, const void* row) { run.load(to + i * d_padded, row, dtype, shape.D); });
+  void load_rows(C* to, int64_t count, Dtype dtype, const Asking& ask, At&& at) const {
+    for_each_row(count, ask, at, [&](int64_t i, const void* row) { run.load(to + i * d_padded, row, dtype, shape.D); });
   }
   // The same as operands of products, along D: numbers, or pairs as they are.
   int64_t e_padded() const { return elements<E>(d_padded); }
   template <typename At>
-  void load_operands(E* to, int64_t count, Dtype dtype, At&& at) const {
+  void load_operands(E* to, int64_t count, Dtype dtype, const Asking& ask, At&& at) const {
     if constexpr (kPairs)
-      for_each_row(count, shape.D * bytes_of(dtype), at, [&](int64_t i, const void* row) {
-        std::memcpy(to + i * e_padded(), row, shape.D * bytes_of(dtype));
-      });
+      for_each_row(count, ask, at,
+                   [&](int64_t i, const void* row) { std::memcpy(to + i * e_padded(), row, ask.bytes); });
     else
-      load_rows(to, count, dtype, at);
+      load_rows(to, count, dtype, ask, at);
   }
   void gemm(const Gemm<E>& g) const {
     if constexpr (kPairs)
@@ -150,15 +163,16 @@ struct Scratch {
 
 template <typename E>
 void load_queries(const Problem<E>& p, const Tile& t, E* q) {
-  p.load_operands(q, t.queries(), p.q_dtype, [&](int64_t i) { return p.q_row(t.group, p.query(t, i)); });
+  p.load_operands(q, t.queries(), p.q_dtype, p.asking(p.strides, p.q_dtype, t.group),
+                  [&](int64_t i) { return p.q_row(t.group, p.query(t, i)); });
 }
 
 template <typename E, typename C = Sum<E>>
 Buffer<C> load_table(const Problem<E>& p, const Tensor& table) {
   Buffer<C> all(p.shape.table_rows() * p.d_padded);
   const char* src = static_cast<const char*>(table.const_data_ptr());
-  p.load_rows(all.get(), p.shape.table_rows(), p.q_dtype,
-              [&](int64_t r) { return src + r * p.shape.D * bytes_of(p.q_dtype); });
+  const Asking ask{p.shape.D * bytes_of(p.q_dtype), 0};
+  p.load_rows(all.get(), p.shape.table_rows(), p.q_dtype, ask, [&](int64_t r) { return src + r * ask.bytes; });
   return all;
 }
 
