@@ -60,7 +60,7 @@ def run_all(variables: dict[str, str], processor: str = platform.machine()) -> s
 
 
 def assert_every_number_survives(dtype: torch.dtype) -> None:
-    """A bias of zero, added to all there are; AVX-512-BF16 takes what has fewer bits for zero."""
+    """A bias of zero, added to all there are; AVX-512-BF16 takes subnormal ones for zero."""
     numbers = torch.arange(1 << 16).to(torch.int16).view(dtype).view(16, 64, 64)
     q, table = torch.zeros(16, 64, 8, dtype=dtype), torch.zeros(15, 8, dtype=dtype)
     got = relpos_cuda.add_decomposed_rel_pos(numbers, q, table, table, (8, 8), (8, 8))

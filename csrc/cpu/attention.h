@@ -69,6 +69,16 @@ struct Attention : Problem<E> {
       return along;
     }
   }
+  // Operands [rows, D padded] that are along, as numbers: themselves, or widened in this room.
+  const C* numbers(const E* along, int64_t rows, C* room) const {
+    if constexpr (kPairs) {
+      for (int64_t i = 0; i < rows; ++i)
+        this->run.load(room + i * this->d_padded, along + i * this->e_padded(), this->q_dtype, this->shape.D);
+      return room;
+    } else {
+      return along;
+    }
+  }
   // Where operands made of these numbers are.
   E* place(const Buffer<C>& numbers, const Buffer<E>& room) const {
     if constexpr (kPairs)
@@ -106,18 +116,17 @@ class Keys {
   }
   void load(const Attention<E>& p, const Rows& from, int64_t group) const {
     const int64_t tokens = p.shape.N();
-    const auto row = [&](int64_t i) { return i < tokens ? from.at(p.shape, group, i) : nullptr; };
+    const auto row = [&](int64_t i) { return from.at(p.shape, group, i); };
     const Asking ask = p.asking(from.strides, from.dtype, group);
     if constexpr (!kPairs) {
       p.load_rows(along_.get(), tokens, from.dtype, ask, row);
     } else {
-      for (int64_t i = 0; i < tokens; i += 2) {
-        for (int64_t later : {i + kRowsAhead, i + kRowsAhead + 1})
-          if (later < tokens) ask(row(later));
-        const int64_t at = i * p.d_padded / 2;
+      p.for_each_row(tokens, ask, row, [&](int64_t i, const void* last) {
+        if (i % 2 == 0 && i + 1 < tokens) return;  // with the next one
+        const int64_t first = i / 2 * 2, at = first * p.e_padded();
         p.pairs->pack_rows(use_ & kAlong ? along_.get() + at : nullptr, use_ & kAcross ? across_.get() + at : nullptr,
-                           p.d_padded, row(i), row(i + 1), p.shape.D);
-      }
+                           p.d_padded, row(first), first < i ? last : nullptr, p.shape.D);
+      });
     }
   }
 

@@ -71,18 +71,19 @@ template <typename E, typename C = Sum<E>>
 void load_statistics(const Backward<E>& p, const QueryTile& tile, int64_t first, int64_t count,
                      const BackwardScratch<E>& mine) {
   const Shape& s = p.shape;
-  C *grad = mine.grad_and_out.get(), *out = grad + p.d_padded;
+  const E* rows = mine.grad_rows.get() + first * p.e_padded();
+  C *room = mine.grad_and_out.get(), *out = room + p.d_padded;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t token = tile.token(p, first + i);
     mine.lse.get()[i] = p.lse[tile.group * s.M() + token];
     if (KeyBlocks(s.N()).count == 1) continue;  // then delta is the block's own
-    p.run.load(grad, p.grad.at(s, tile.group, token), p.grad.dtype, s.D);
+    const C* grad = p.numbers(rows + i * p.e_padded(), 1, room);
     p.run.load(out, p.out.at(s, tile.group, token), p.out.dtype, s.D);
     double sum = 0;
     for (int64_t d = 0; d < s.D; ++d) sum += static_cast<double>(grad[d]) * out[d];
     mine.delta.get()[i] = static_cast<C>(sum);
   }
-  p.transpose(mine.grad.get(), mine.grad_rows.get() + first * p.e_padded(), count);
+  p.transpose(mine.grad.get(), rows, count);
 }
 
 // Factor gradients of a strip to rows of the tile, where the products of factors.h read them.
@@ -139,18 +140,6 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
   }
 }
 
-// The queries of a tile as numbers.
-template <typename E, typename C = Sum<E>>
-const C* numbers_of_q(const Attention<E>& p, const QueryTile& tile, const BackwardScratch<E>& mine) {
-  if constexpr (Attention<E>::kPairs) {
-    p.load_rows(mine.q_numbers.get(), tile.count, p.q_dtype, p.asking(p.strides, p.q_dtype, tile.group),
-                [&](int64_t i) { return p.q_row(tile.group, tile.token(p, i)); });
-    return mine.q_numbers.get();
-  } else {
-    return mine.tile.q.get();
-  }
-}
-
 template <typename E, typename C = Sum<E>>
 void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<E>* columns, const AxisRows<E>* rows,
                     const BackwardScratch<E>& mine, C* dk, C* dv, C* dtable) {
@@ -166,8 +155,10 @@ void tile_gradients(const Backward<E>& p, const QueryTile& tile, const AxisRows<
     if (tile.biased) store_factor_gradients(p, first, count, mine);
     p.steps.transpose(mine.dq_rows.get() + first * p.d_padded, p.d_padded, mine.dq.get(), kStrip, s.D, count, p.scale);
   }
-  if (tile.biased && p.to.table)
-    table_gradient(p, tile.grid, rows, mine.tile, numbers_of_q(p, tile, mine), mine.block.get(), dtable);
+  if (tile.biased && p.to.table) {
+    const C* q = p.numbers(mine.tile.q.get(), tile.count, mine.q_numbers.get());
+    table_gradient(p, tile.grid, rows, mine.tile, q, mine.block.get(), dtable);
+  }
   if (!p.to.dq.data) return;
   if (tile.biased) query_gradient(p, tile.grid, rows, mine.tile, mine.dq_rows.get(), true);
   for (int64_t i = 0; i < tile.count; ++i)
