@@ -1,15 +1,17 @@
 // checks.h - what every op verifies before it touches memory, for the CPU and the CUDA library alike.
 //
-// Python has already refused bad input with friendlier words; these guard direct callers of the ops.
+// Python has already refused bad input with friendlier words; these guard direct callers of the ops. What `index` says
+// is read by the device, and trusted there; on the CPU it is checked where it is read (cpu/tiles.h).
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "errors.h"
-#include "shapes.h"
+#include "sizes.h"
 
 namespace relpos {
 
@@ -33,9 +35,20 @@ inline const char* name_of(ScalarType t) {
   }
 }
 
+inline std::string device_of(const Tensor& t) {
+  return t.is_cuda() ? "cuda:" + std::to_string(t.get_device_index()) : "cpu";
+}
+
+// "contiguous [16, 8]"
+inline std::string words_of(const Tensor& t) {
+  std::string words = t.is_contiguous() ? "contiguous [" : "strided [";
+  for (int64_t i = 0; i < t.dim(); ++i) words += (i ? ", " : "") + std::to_string(t.size(i));
+  return words + "]";
+}
+
 inline void check_device(const char* name, const Tensor& t, const Tensor& q) {
-  RELPOS_CHECK(t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), name,
-               " must be on the device of q");
+  RELPOS_CHECK(t.is_cuda() == q.is_cuda() && t.get_device_index() == q.get_device_index(), name, " must be on ",
+               device_of(q), " like q, got ", device_of(t));
 }
 
 // A contiguous tensor of this dtype and size, on the device of q.
@@ -57,24 +70,20 @@ inline Shape check_problem(const Tensor& q, const Tensor& table, const Tensor& i
                            QueryStrides& strides) {
   const int64_t dim = q.dim();
   RELPOS_CHECK(dim == 3 || dim == 4, "q must be [B, heads, S, D] or [B * heads, S, D], got ", dim, " dimensions");
-  RELPOS_CHECK(q_size.size() == k_size.size() && (q_size.size() == 2 || q_size.size() == 3),
-               "q_size and k_size must both be (h, w) or (t, h, w)");
-  RELPOS_CHECK(prefix >= 0 && prefix < (1 << 30), "num_prefix_tokens is out of range: ", prefix);
-  for (size_t a = 0; a < q_size.size(); ++a)
-    RELPOS_CHECK(q_size[a] > 0 && k_size[a] > 0 && q_size[a] < (1 << 24) && k_size[a] < (1 << 24),
-                 "grid sizes must be between 1 and 2^24");
+  const std::string fault = fault_of(q_size, k_size, q.size(-1), prefix);
+  RELPOS_CHECK(fault.empty(), fault);
   Shape s;
   set_grid(s, q_size.data(), k_size.data(), static_cast<int>(q_size.size()));
-  RELPOS_CHECK(index_length(s) < (int64_t{1} << 31), "the axes are too long for a 32-bit index");
+  RELPOS_CHECK(index_length(s) < kCountEnd, "the axes are too long for a 32-bit index");
   s.groups = dim == 4 ? q.size(0) * q.size(1) : q.size(0);
   s.heads = dim == 4 && q.size(1) > 0 ? static_cast<int>(q.size(1)) : 1;
   s.D = static_cast<int>(q.size(-1));
   s.prefix = static_cast<int>(prefix);
   strides = {q.stride(0), dim == 4 ? q.stride(1) : 0, q.stride(dim - 2)};
   RELPOS_CHECK(q.size(dim - 2) == s.M(), "q has ", q.size(dim - 2), " tokens, the grid has ", s.M());
-  RELPOS_CHECK(s.D > 0 && (s.D == 1 || q.stride(-1) == 1 || q.numel() == 0), "the last axis of q must be contiguous");
+  RELPOS_CHECK(s.D == 1 || q.stride(-1) == 1 || q.numel() == 0, "the last axis of q must be contiguous");
   RELPOS_CHECK(table.dim() == 2 && table.size(0) == s.table_rows() && table.size(1) == s.D && table.is_contiguous(),
-               "table must be contiguous [", s.table_rows(), ", ", s.D, "]");
+               "table must be contiguous [", s.table_rows(), ", ", s.D, "], got ", words_of(table));
   RELPOS_CHECK(table.scalar_type() == q.scalar_type(), "table is ", name_of(table.scalar_type()), ", q is ",
                name_of(q.scalar_type()));
   check_device("table", table, q);

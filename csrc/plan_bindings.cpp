@@ -9,6 +9,7 @@
 
 #include "plan.h"
 #include "plan_attention.h"
+#include "sizes.h"
 
 namespace py = pybind11;
 
@@ -30,8 +31,8 @@ int bytes_of(const std::string& dtype) {
 
 Shape shape_of(int64_t groups, const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int head_dim,
                int num_prefix_tokens) {
-  if (q_size.size() != k_size.size() || (q_size.size() != 2 && q_size.size() != 3))
-    throw std::invalid_argument("q_size and k_size must both be (h, w) or (t, h, w)");
+  if (const std::string fault = fault_of(q_size, k_size, head_dim, num_prefix_tokens); !fault.empty())
+    throw std::invalid_argument(fault);
   Shape s;
   set_grid(s, q_size.data(), k_size.data(), static_cast<int>(q_size.size()));
   s.groups = groups;

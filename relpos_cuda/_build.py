@@ -1,7 +1,7 @@
 """When and where it is compiled: a cache folder per content key, one compiling process at a time.
 
     <cache>/<name>-<key>/   librelpos_cpu.so    appears whole (rename), then never changes; read without a lock
-                            librelpos_cpu.json  archs, flags, versions; there before the library
+                            librelpos_cpu.json  digest, archs, flags, versions; there before the library
                             ptxas.log           registers and spills of each kernel (CUDA)
                             work/               objects of a build under way or interrupted, and build.log
                             lock                held by the kernel for a living process: a kill releases it
@@ -42,7 +42,10 @@ def build(kind: str, cache: Path | None = None) -> Path:
     Raises:
         BuildError: It cannot be built: why, a hint, the log.
     """
-    return build_library(_libraries.library(kind), cache)
+    try:
+        return build_library(_libraries.library(kind), cache)
+    except _env.BadValueError as error:
+        raise BuildError(str(error)) from error
 
 
 def build_units(
@@ -114,6 +117,7 @@ def _publish(library: Library, key: str, built: Path, home: Path) -> None:
     work = built.parent
     sidecar = {
         "key": key,
+        "sha256": _digest(built),
         "archs": library.archs,
         "flags": {unit.object: unit.flags for unit in library.units},
         "versions": library.versions,
@@ -133,6 +137,15 @@ def _publish(library: Library, key: str, built: Path, home: Path) -> None:
 
 def _sidecar_path(library: Path) -> Path:
     return library.with_name(library.name.split(".")[0] + ".json")
+
+
+def is_as_built(library: Path) -> bool:
+    """Whether the file is still what its compiler wrote."""
+    return sidecar_of(library).get("sha256") == _digest(library)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def sidecar_of(library: Path) -> dict[str, Any]:

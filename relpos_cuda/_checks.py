@@ -30,15 +30,22 @@ def check_grids(
     q_size: Sequence[int], k_size: Sequence[int], rel_pos_t: Tensor | None
 ) -> tuple[tables.Grid, tables.Grid]:
     axes, wanted = (2, "(h, w)") if rel_pos_t is None else (3, "(t, h, w), because rel_pos_t is given")
-    grids = []
-    for name, size in (("q_size", q_size), ("k_size", k_size)):
-        if isinstance(size, Tensor) or not isinstance(size, Sequence) or len(size) != axes:
-            raise ValueError(f"{name} must be {wanted}, got {size!r}")
-        grids.append(tuple(check_size(f"{name}[{a}]", n) for a, n in enumerate(size)))
-    return grids[0], grids[1]
+    return check_grid("q_size", q_size, (axes,), wanted), check_grid("k_size", k_size, (axes,), wanted)
+
+
+def check_grid(name: str, size: Sequence[int], axes: Sequence[int], wanted: str) -> tables.Grid:
+    if isinstance(size, Tensor) or not isinstance(size, Sequence) or len(size) not in axes:
+        raise ValueError(f"{name} must be {wanted}, got {size!r}")
+    return tuple(check_size(f"{name}[{a}]", n) for a, n in enumerate(size))
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_table(name: str, table: Tensor, q: Tensor | None) -> None:
+    check_tensor(name, table)
     if table.dtype not in _DTYPES:
         raise TypeError(f"{name} must be floating point, got {table.dtype}")
     wanted = "[L, D]" if q is None else f"[L, {q.shape[-1]}]"
@@ -48,7 +55,7 @@ def check_table(name: str, table: Tensor, q: Tensor | None) -> None:
         return
     if table.device != q.device:
         raise ValueError(f"{name} must be on {q.device} like q, got {table.device}")
-    if table.dtype not in (q.dtype, torch.float32) and not torch.is_autocast_enabled(q.device.type):
+    if table.dtype not in (q.dtype, torch.float32) and not _is_autocast_enabled(q):
         raise TypeError(f"{name} must be {q.dtype} like q, or torch.float32, got {table.dtype}")
 
 
@@ -56,6 +63,17 @@ def check_queries(
     q: Tensor, q_grid: tables.Grid, rel_pos_h: Tensor, rel_pos_w: Tensor, rel_pos_t: Tensor | None, prefix: int
 ) -> list[Tensor]:
     """Checks ``q`` and the tables; returns the tables in the order of the axes."""
+    check_tokens(q, q_grid, prefix)
+    named = [("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)]
+    if rel_pos_t is not None:
+        named.insert(0, ("rel_pos_t", rel_pos_t))
+    for name, table in named:
+        check_table(name, table, q)
+    return [table for _, table in named]
+
+
+def check_tokens(q: Tensor, q_grid: tables.Grid, prefix: int) -> None:
+    check_tensor("q", q)
     if q.dtype not in _DTYPES:
         raise TypeError(f"q must be float16, bfloat16, float32 or float64, got {q.dtype}")
     tokens = prefix + math.prod(q_grid)
@@ -64,14 +82,10 @@ def check_queries(
     if q.shape[-2] != tokens:
         grid = " * ".join(map(str, q_grid)) + (f" + {prefix} prefix" if prefix else "")
         raise ValueError(f"q must have S = {grid} = {tokens} tokens, got {q.shape[-2]} in {list(q.shape)}")
-    named = [("rel_pos_t", rel_pos_t), ("rel_pos_h", rel_pos_h), ("rel_pos_w", rel_pos_w)]
-    present = [(name, t) for name, t in named if t is not None]
-    for name, table in present:
-        check_table(name, table, q)
-    return [table for _, table in present]
 
 
 def check_logits(attn: Tensor, q: Tensor, rows: int, columns: int) -> None:
+    check_tensor("attn", attn)
     if attn.dtype != q.dtype and not (attn.dtype == torch.float32 and q.dtype != torch.float64):
         raise TypeError(f"attn must be {q.dtype} like q, or torch.float32 with half precision, got {attn.dtype}")
     if attn.device != q.device:
@@ -84,8 +98,10 @@ def check_logits(attn: Tensor, q: Tensor, rows: int, columns: int) -> None:
         )
 
 
-def check_keys(name: str, keys: Tensor, q: Tensor, columns: int) -> None:
-    """Of ``k`` or ``v``, against queries that are checked; both after autocast."""
+def check_keys(name: str, keys: Tensor, q: Tensor, columns: int) -> Tensor:
+    """``k`` or ``v`` as autocast wants it, against queries that are checked and as autocast wants them."""
+    check_tensor(name, keys)
+    keys = keys.to(autocast_dtype(keys))
     if keys.dtype != q.dtype:
         raise TypeError(f"{name} must be {q.dtype} like q, got {keys.dtype}")
     if keys.device != q.device:
@@ -93,6 +109,7 @@ def check_keys(name: str, keys: Tensor, q: Tensor, columns: int) -> None:
     wanted = [*q.shape[:-2], columns, q.shape[-1]]
     if list(keys.shape) != wanted:
         raise ValueError(f"{name} must be {wanted} to go with q and k_size, got {list(keys.shape)}")
+    return keys
 
 
 def check_scale(scale: float | None, head_dim: int) -> float:
@@ -107,10 +124,13 @@ def check_scale(scale: float | None, head_dim: int) -> float:
 
 def autocast_dtype(t: Tensor) -> torch.dtype:
     """As for scaled_dot_product_attention: autocast's own for all but float64, where it is enabled."""
-    kind = t.device.type
-    if kind == "meta" or t.dtype not in _DTYPES[:3] or not torch.is_autocast_enabled(kind):
+    if t.dtype not in _DTYPES[:3] or not _is_autocast_enabled(t):
         return t.dtype
-    return torch.get_autocast_dtype(kind)
+    return torch.get_autocast_dtype(t.device.type)
+
+
+def _is_autocast_enabled(t: Tensor) -> bool:
+    return t.device.type != "meta" and torch.is_autocast_enabled(t.device.type)  # meta: no such device for it
 
 
 def autocast(q: Tensor, tables_by_axis: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -12,6 +12,10 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 
+class BadValueError(ValueError):
+    """What a variable is set to cannot be read; names the variable."""
+
+
 @dataclass(frozen=True)
 class Variable(Generic[T]):
     """One environment variable; unset and empty mean the same."""
@@ -29,13 +33,13 @@ class Variable(Generic[T]):
         """The value in force now.
 
         Raises:
-            ValueError: What is set cannot be read; names the variable.
+            BadValueError: What is set cannot be read.
         """
         text = os.environ.get(self.name) or self.default
         try:
             return self.parse(text)
         except ValueError as error:
-            raise ValueError(f"{self.name}={text!r}: {error}") from None
+            raise BadValueError(f"{self.name}={text!r}: {error}") from None
 
 
 def _switch(text: str) -> bool:

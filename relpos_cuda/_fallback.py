@@ -1,6 +1,6 @@
 """The logits ops in plain PyTorch: where no native library is to be had, and for the few problems no kernel takes.
 
-Slower, but right and memory-bounded: beside the logits themselves nothing of size S x S is allocated.
+Slower, but right and memory-bounded: where logits are narrower than their sums, a chunk of them is widened at a time.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+# Logits of a chunk. Below 32 MiB the C library keeps the memory for the next chunk; above, the system clears it anew.
+CHUNK_BYTES = 24 << 20
 
 
 def outside_autocast(function: Callable[..., None]) -> Callable[..., None]:
@@ -41,11 +44,21 @@ def logits_fwd(
 ) -> None:
     if attn is not None:
         out.copy_(attn)
-    logits = _on_grids(out, q, q_size, k_size, num_prefix_tokens)
+    logits = _on_grid(out, q, k_size, num_prefix_tokens)
+    bias = []
     for axis, factor in enumerate(factors(q, table, index, q_size, k_size, num_prefix_tokens)):
         shape = [1] * len(k_size)
         shape[axis] = k_size[axis]
-        logits.add_(factor.unflatten(-1, shape))
+        bias.append(factor.flatten(1, -2).unflatten(-1, shape))
+    wide = accumulation_dtype(q)
+    everything = slice(None), slice(None)
+    for chunk in [everything] if logits.dtype == wide else _chunks(logits, wide):
+        part = logits[chunk]
+        total = part.to(wide)
+        for factor in bias:
+            total += factor[chunk]
+        if total is not part:
+            part.copy_(total)
 
 
 @outside_autocast
@@ -62,10 +75,10 @@ def logits_bwd(
     k_size: Sequence[int],
     num_prefix_tokens: int,
 ) -> None:
-    on_grids = _on_grids(grad, q, q_size, k_size, num_prefix_tokens)
-    axes = len(q_size)
-    others = [[1 + axes + a for a in range(axes) if a != axis] for axis in range(axes)]
-    dfactors = (_sum(on_grids, o, accumulation_dtype(q)) for o in others)  # one at a time, [G, *q_size, k]
+    dlogits, axes = _on_grid(grad, q, k_size, num_prefix_tokens), len(k_size)
+    others = [[2 + a for a in range(axes) if a != axis] for axis in range(axes)]
+    wide = accumulation_dtype(q)
+    dfactors = (_sum(dlogits, o, wide).unflatten(1, q_size) for o in others)  # one at a time, [G, *q_size, k]
     if dtable is not None:
         dtable.zero_()
     dgrid = factors_bwd(dtable, dfactors, q, table, index, q_size, k_size, num_prefix_tokens)
@@ -117,11 +130,20 @@ def _without(shape: torch.Size, axis: int) -> list[int]:
     return [n for a, n in enumerate(shape) if a != axis]
 
 
-def _on_grids(t: Tensor, q: Tensor, q_size: Sequence[int], k_size: Sequence[int], prefix: int) -> Tensor:
-    """View of the logits' grid part, ``[G, *q_size, *k_size]``."""
+def _on_grid(t: Tensor, q: Tensor, k_size: Sequence[int], prefix: int) -> Tensor:
+    """View of the logits without class tokens, ``[G, queries, *k_size]``."""
     groups, queries = q.shape[:-2].numel(), q.shape[-2]
-    part = t.view(groups, queries, prefix + math.prod(k_size))[:, prefix:, prefix:]
-    return part.unflatten(2, k_size).unflatten(1, q_size)
+    return t.view(groups, queries, prefix + math.prod(k_size))[:, prefix:, prefix:].unflatten(2, k_size)
+
+
+def _chunks(logits: Tensor, wide: torch.dtype) -> Iterator[tuple[slice, slice]]:
+    """Groups, or some queries of one: as many as keep to the budget when they are widened."""
+    groups, queries, *k_size = logits.shape
+    fit = max(1, CHUNK_BYTES // (math.prod(k_size) * wide.itemsize))  # queries
+    step, groups_step = min(queries, fit), max(1, fit // queries)
+    for g in range(0, groups, groups_step):
+        for m in range(0, queries, step):
+            yield slice(g, g + groups_step), slice(m, m + step)
 
 
 def _query_grid(q: Tensor, q_size: Sequence[int], prefix: int) -> Tensor:
@@ -136,11 +158,15 @@ def _axes(index: Tensor, q_size: Sequence[int], k_size: Sequence[int]) -> Iterat
         start += q * k
 
 
-def _sum(logits: Tensor, axes: list[int], dtype: torch.dtype) -> Tensor:
-    """``logits.sum(axes, dtype)``, a group at a time: PyTorch converts all it sums before it sums it."""
-    if logits.dtype == dtype or not len(logits):
-        return logits.sum(axes, dtype=dtype)
-    return torch.cat([group.sum(axes, dtype=dtype) for group in logits.split(1)])
+def _sum(logits: Tensor, axes: list[int], wide: torch.dtype) -> Tensor:
+    """``logits.sum(axes, dtype=wide)``, a chunk at a time: PyTorch widens all it sums before it sums it."""
+    if logits.dtype == wide:
+        return logits.sum(axes)
+    (kept,) = set(range(2, logits.dim())).difference(axes)
+    sums = logits.new_empty((*logits.shape[:2], logits.shape[kept]), dtype=wide)
+    for chunk in _chunks(logits, wide):
+        sums[chunk] = logits[chunk].sum(axes, dtype=wide)
+    return sums
 
 
 def _add_rows(target: Tensor, rows: Tensor, values: Tensor) -> None:

@@ -18,9 +18,6 @@ from torch import Tensor
 
 from . import _fallback
 
-# Logits of a chunk. Below 32 MiB the C library keeps the memory for the next chunk; above, the system clears it anew.
-CHUNK_BYTES = 24 << 20
-
 Block = tuple[slice, slice]  # batch elements, heads
 
 
@@ -150,7 +147,7 @@ def _with_batch(t: Tensor) -> Tensor:
 def _blocks(q: Tensor, k: Tensor, wide: torch.dtype) -> Iterator[tuple[Block, list[slice]]]:
     """Blocks of groups and, for each, chunks of query rows whose logits keep to the budget."""
     batch, heads, rows, _ = q.shape
-    fit = max(1, CHUNK_BYTES // (k.shape[2] * wide.itemsize))  # rows of logits
+    fit = max(1, _fallback.CHUNK_BYTES // (k.shape[2] * wide.itemsize))  # rows of logits
     if batch * heads == 0:
         return
     step = min(rows, fit)

@@ -22,6 +22,7 @@ from ._build import BuildError
 
 _PREBUILT = Path(__file__).resolve().parent / "_prebuilt"
 _TITLES = {"plan": "planner", "cpu": "CPU library", "cuda": "CUDA library"}
+_READ_BY = {"plan": (), "cpu": (_env.CPU_ISA,), "cuda": (_env.WGMMA,)}  # what they read themselves, without a word
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,10 @@ def _first_load(kind: str) -> Status:
     if _env.DISABLE():
         return Status("disabled", reason=f"{_env.DISABLE.name} is set")
     try:
+        for variable in _READ_BY[kind]:
+            variable()
         return _open_prebuilt(kind) or _open_compiled(kind)
-    except (BuildError, OSError, ImportError) as error:
+    except (BuildError, OSError, ImportError, _env.BadValueError) as error:
         if not _env.STRICT():
             text = f"relpos_cuda: no native {_TITLES[kind]}, using the slower PyTorch path: {error}"
             warnings.warn(text, RuntimeWarning, stacklevel=2)
@@ -127,10 +130,11 @@ def _open_compiled(kind: str) -> Status:
     try:
         return Status("compiled", path, module=_open(kind, path))
     except (OSError, ImportError) as error:
-        if "failed to map segment" in str(error):
-            hint = f"the folder forbids execution: set {_env.CACHE_DIR.name} to another"
+        if _build.is_as_built(path):
+            forbidden = "failed to map segment" in str(error)
+            hint = f"the folder forbids execution: set {_env.CACHE_DIR.name} to another" if forbidden else ""
             raise BuildError(f"{path} cannot be loaded: {error}", hint) from error
-        path.unlink(missing_ok=True)  # damaged after it was built: once more
+        path.unlink(missing_ok=True)  # damaged since: once more
         path = _build.build(kind)
         return Status("compiled", path, module=_open(kind, path))
 

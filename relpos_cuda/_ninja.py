@@ -77,7 +77,8 @@ def compile_library(library: Library, folder: Path, lock: int | None = None) -> 
 
 
 def _build_file(library: Library) -> str:
-    edges = [_edge(unit, library) for unit in library.units]
+    jobs, units = _env.MAX_JOBS(), len(library.units)
+    edges = [_edge(unit, library, threads=max(1, jobs // units)) for unit in library.units]
     objects = " ".join(unit.object for unit in library.units)
     link = [*_toolchain.cxx(), "-shared", "-o", library.filename]
     link += [unit.object for unit in library.units]
@@ -86,9 +87,9 @@ def _build_file(library: Library) -> str:
     return _RULES + "\n" + "\n".join(edges)
 
 
-def _edge(unit: Unit, library: Library) -> str:
+def _edge(unit: Unit, library: Library, threads: int) -> str:
     if unit.compiler == "nvcc":
-        compiler = [str(_toolchain.nvcc().path), "--threads", str(_env.MAX_JOBS())]
+        compiler = [str(_toolchain.nvcc().path), "--threads", str(threads)]  # of them, an architecture each
         if len(_env.CXX()) == 1:
             compiler += ["-ccbin", _toolchain.cxx()[0]]
     else:

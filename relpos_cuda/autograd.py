@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import _fallback, _fallback_attention, _ops, support, tables
+from ._fallback import accumulation_dtype
 
 _TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy ...
 _QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
@@ -55,7 +56,7 @@ class AddDecomposedRelPos(torch.autograd.Function):
         q_size, k_size, _ = ctx.problem
         needs_attn, needs_q, needs_table = ctx.needs_input_grad[:3]
         d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs_q else None
-        d_table = torch.empty(table.shape, dtype=_wide(q.dtype), device=q.device) if needs_table else None
+        d_table = torch.empty(table.shape, dtype=accumulation_dtype(q), device=q.device) if needs_table else None
         if needs_q or needs_table:
             work_spaces = _work_spaces(q, q_size, k_size, needs_table)
             operands = (_dense(grad), _with_contiguous_rows(q), table.to(q.dtype), index)
@@ -86,7 +87,7 @@ class AttentionFunction(torch.autograd.Function):
         out = _empty_by_tokens(q)
         lse = None
         if wants_gradients:
-            lse = torch.empty((q.shape[:-2].numel(), q.shape[-2]), dtype=_wide(q.dtype), device=q.device)
+            lse = torch.empty((q.shape[:-2].numel(), q.shape[-2]), dtype=accumulation_dtype(q), device=q.device)
         rows = [_with_contiguous_rows(t) for t in (q, k, v)]
         run = _ops.attention_fwd if native else _fallback_attention.attention_fwd
         run(out, lse, *rows, table.to(q.dtype), index, *problem, scale)
@@ -108,7 +109,7 @@ class AttentionFunction(torch.autograd.Function):
         q_size, k_size, prefix, scale = ctx.problem
         needs = ctx.needs_input_grad[:4]
         d_q, d_k, d_v = (_empty_by_tokens(t) if n else None for t, n in zip((q, k, v), needs[:3], strict=True))
-        d_table = torch.empty(table.shape, dtype=_wide(q.dtype), device=q.device) if needs[3] else None
+        d_table = torch.empty(table.shape, dtype=accumulation_dtype(q), device=q.device) if needs[3] else None
         work_spaces = (
             *_work_spaces(q, q_size, k_size, needs[3]),
             *_factor_cache(q, q_size, k_size, prefix, needs[1] or needs[2]),
@@ -135,10 +136,6 @@ def _empty_by_tokens(like: Tensor) -> Tensor:
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
     batch, heads, tokens, head_dim = like.shape
     return torch.empty((batch, tokens, heads, head_dim), dtype=like.dtype, device=like.device).transpose(1, 2)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _with_contiguous_rows(q: Tensor) -> Tensor:

@@ -203,9 +203,7 @@ def rel_pos_attention(
     tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
     scale = _checks.check_scale(scale, q.shape[-1])
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
-    k, v = (t.to(_checks.autocast_dtype(t)) for t in (k, v))
-    for name, keys in (("k", k), ("v", v)):
-        _checks.check_keys(name, keys, q, prefix + math.prod(k_grid))
+    k, v = (_checks.check_keys(name, x, q, prefix + math.prod(k_grid)) for name, x in (("k", k), ("v", v)))
     if _for_onnx():
         more = _named(tables_by_axis, q) | {"num_prefix_tokens": prefix, "scale": scale}
         return reference.rel_pos_attention(q, k, v, q_size=q_grid, k_size=k_grid, **more)

@@ -1,4 +1,4 @@
-"""Which problems the native kernels take; everything else goes to the PyTorch path, with one warning that says why."""
+"""Which problems the native kernels take; the rest goes to the PyTorch path, on CPUs and GPUs with a warning: why."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _loader, _ops, tables
+from . import _checks, _loader, _ops, tables
 
 _SCALES = 1 / 512, 512  # that CUDA kernels of the attention take: csrc/plan_attention.h
 
@@ -27,8 +27,9 @@ def is_supported(
     """Whether a public function runs its fused kernels on this problem.
 
     Args:
-        q: Queries as for the op, ``[B, heads, S, D]`` or ``[G, S, D]``; only shape, dtype and device are read.
-        q_size, k_size: Grids, ``(h, w)`` or ``(t, h, w)``.
+        q: Queries as for the op, ``[B, heads, S, D]`` or ``[B * heads, S, D]``, of any floating dtype, on any device;
+            only shape, dtype and device are read.
+        q_size, k_size: Grids, both ``(h, w)`` or both ``(t, h, w)``.
         num_prefix_tokens: Class tokens in front of both grids.
         op: ``"logits"`` for :func:`relpos_cuda.add_decomposed_rel_pos`, ``"attention"`` for
             :func:`relpos_cuda.rel_pos_attention`.
@@ -38,10 +39,24 @@ def is_supported(
         None if a fused kernel takes it; otherwise the reason why the slower PyTorch path will be used.
 
     Raises:
-        ValueError: There is no such ``op``.
+        ValueError: there is no such ``op``, shapes and sizes do not fit together, or ``scale`` is not finite.
+        TypeError: ``q`` is no tensor or not of a floating dtype, a size is not an int, or ``scale`` is not a number.
+
+    Source: the planner that the kernels ask, too (csrc/plan.h, csrc/plan_attention.h).
     """
     if op not in ("logits", "attention"):
         raise ValueError(f'op must be "logits" or "attention", got {op!r}')
+    q_grid = _checks.check_grid("q_size", q_size, (2, 3), "(h, w) or (t, h, w)")
+    k_grid = _checks.check_grid("k_size", k_size, (len(q_grid),), "(h, w) or (t, h, w), as q_size is")
+    prefix = _checks.check_size("num_prefix_tokens", num_prefix_tokens, least=0)
+    _checks.check_tokens(q, q_grid, prefix)
+    return _reason(q, q_grid, k_grid, prefix, op, _checks.check_scale(scale, q.shape[-1]))
+
+
+def _reason(
+    q: Tensor, q_size: tables.Grid, k_size: tables.Grid, num_prefix_tokens: int, op: str, scale: float | None
+) -> str | None:
+    """As above, of a problem that has been checked."""
     head_dim = operator.index(q.shape[-1])  # torch.compile: a symbolic size becomes a constant
     scale = head_dim**-0.5 if scale is None else scale
     if torch.compiler.is_compiling():  # its value may be symbolic: only the question is a constant
@@ -144,7 +159,7 @@ def fused(
     """Whether to call the dispatcher op; it finds its own fallback on devices that have no kernels at all."""
     if q.device.type not in (("cuda",) if op == "logits" else ("cpu", "cuda")):
         return True  # without asking: on the CPU the logits op is a matter of microseconds
-    reason = is_supported(q, q_size, k_size, num_prefix_tokens=num_prefix_tokens, op=op, scale=scale)
+    reason = _reason(q, q_size, k_size, num_prefix_tokens, op, scale)
     if reason is None:
         return True
     explained = q.device.type == "cpu" and not _loader.load("cpu")  # by the loader

@@ -76,7 +76,7 @@ def one_to_one(q_size: Grid, k_size: Grid) -> bool:
 
 
 # ---- for torch.compile the index is a constant. It names one after the code that returned it, and refuses two of one
-# name in a graph: so there are many functions, and every pair of grids has one of its own.
+# name in a graph: so there are many functions, and no two pairs of grids of a process share one, up to a thousand.
 
 
 def _marked_constant(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def _constant(number: int) -> Callable[[Grid, Grid, torch.device], Tensor]:
     return _marked_constant(of_grids)
 
 
-_CONSTANTS = tuple(map(_constant, range(64)))
+_CONSTANTS = tuple(map(_constant, range(1024)))
 _SLOTS: dict[tuple[Grid, Grid], int] = {}
 
 

@@ -21,7 +21,7 @@ from problems import (
     vanishes,
     with_enough_numbers,
 )
-from relpos_cuda import _fallback_attention, _ops, reference
+from relpos_cuda import _fallback, _ops, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -94,7 +94,7 @@ def test_gradcheck(problem: Problem, chunk: int | None, monkeypatch: pytest.Monk
     """Of the native kernels, and of the PyTorch path with chunks of a row and of everything."""
     if chunk is not None:
         use_pytorch(monkeypatch)
-        monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", chunk)
+        monkeypatch.setattr(_fallback, "CHUNK_BYTES", chunk)
     leaves = draw_attention(problem, torch.float64).leaves(torch.float64)
     assert torch.autograd.gradcheck(lambda *tensors: call_attention(ours, problem, list(tensors), scale=0.7), leaves)
 
@@ -252,7 +252,7 @@ def test_only_the_gradients_that_are_asked_for(wanted: list[int], device: str, m
 
 @pytest.mark.parametrize("problem", [TINY[0], TINY[-1], *SOME_MODELS[:2]], ids=str)
 def test_bitwise_the_same_on_every_run(problem: Problem, device: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", 4 * problem.columns * (problem.rows // 5))
+    monkeypatch.setattr(_fallback, "CHUNK_BYTES", 4 * problem.columns * (problem.rows // 5))
     inputs = draw_attention(problem, torch.float32)
     torch.set_num_threads(2)
     results = [run_attention(ours, problem, inputs, torch.float32, device) for _ in range(3)]

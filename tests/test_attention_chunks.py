@@ -10,7 +10,7 @@ import relpos_cuda
 from checks import compare_attention
 from conftest import use_pytorch
 from problems import Problem, call_attention, draw_attention, same
-from relpos_cuda import _fallback_attention
+from relpos_cuda import _fallback, _fallback_attention
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,7 +31,7 @@ def test_chunks(problem: Problem, budget: str, dtype: torch.dtype, monkeypatch: 
     rows = {"one_row": 0.5, "ragged_rows": 5, "some_heads": 2 * problem.rows}
     fit = rows.get(budget, 2 * problem.heads * problem.rows)
     use_pytorch(monkeypatch)
-    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", int(4 * problem.columns * fit))
+    monkeypatch.setattr(_fallback, "CHUNK_BYTES", int(4 * problem.columns * fit))
     seen = []
     original = _fallback_attention._logits
     monkeypatch.setattr(
@@ -58,7 +58,7 @@ class LargestTensor(TorchDispatchMode):
 def test_nothing_larger_than_a_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     """4096 tokens: the logits of one head are 64 MiB. Not through the dispatcher, which hides an op's inside."""
     use_pytorch(monkeypatch)
-    monkeypatch.setattr(_fallback_attention, "CHUNK_BYTES", 8 << 20)
+    monkeypatch.setattr(_fallback, "CHUNK_BYTES", 8 << 20)
     problem = same("sam_global", 64, 64, 8, heads=1)
     leaves = draw_attention(problem, dtype).leaves(dtype)
     with LargestTensor() as largest:

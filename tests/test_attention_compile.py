@@ -73,6 +73,19 @@ class TwoGrids(torch.nn.Module):
         return x
 
 
+@pytest.mark.parametrize("others", [63, 255])
+def test_grids_of_one_graph_met_long_apart(others: int, monkeypatch: pytest.MonkeyPatch):
+    """As where a process has compiled for images of many sizes, and every time for one size of window."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(relpos_cuda.tables, "_SLOTS", {})
+    first, second = TwoGrids.grids[:2]
+    for grid in (first, *((side, 1) for side in range(others)), second):
+        relpos_cuda.tables._slot(grid, grid)
+    module, x = TwoGrids(), torch.randn(2, 1, 12, 8) / 8
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), module(x))
+
+
 @pytest.mark.parametrize("way", ["compile", "strict export", "export"])
 def test_several_grids_in_one_graph(way: str):
     torch._dynamo.reset()

@@ -130,6 +130,16 @@ def test_an_interrupted_build_goes_on_where_it_was(project: Path, monkeypatch: p
     assert diary() == ["one.cpp.o", "two.cpp.o", "two.cpp.o"]
 
 
+def test_a_damaged_library_is_told_from_one_that_is_as_built(project: Path):
+    units = [Unit(project / name, ("-fPIC",)) for name in ("one.cpp", "two.cpp")]
+    library = build_units("tiny", units)
+    assert _build.is_as_built(library)
+    library.write_bytes(library.read_bytes()[:-1])
+    assert not _build.is_as_built(library)
+    library.with_suffix(".json").unlink()
+    assert not _build.is_as_built(library)
+
+
 def test_leftovers_do_no_harm(project: Path):
     units = units_of(project)
     built = build_units("tiny", units)

@@ -25,6 +25,7 @@ def test_the_good_arguments_are_good():
 
 
 ATTN = [
+    ({"attn": None}, TypeError, "attn must be a tensor, got NoneType"),
     ({"attn": torch.zeros(2, 3, 20, 19)}, ValueError, r"attn must be \[\.\.\., 20, 20\].*got \[2, 3, 20, 19\]"),
     ({"attn": torch.zeros(5, 20, 20)}, ValueError, r"attn must be .* 6 = 2 \* 3 matrices, got \[5, 20, 20\]"),
     ({"attn": torch.zeros(6, 400)}, ValueError, r"attn must be .*got \[6, 400\]"),
@@ -35,6 +36,7 @@ ATTN = [
     ({"attn": torch.zeros(2, 3, 20, 20, device="meta")}, ValueError, r"attn must be on cpu like q, got meta"),
 ]
 QUERIES = [
+    ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
     ({"q": torch.zeros(20, 8)}, ValueError, r"q must be \[B, heads, S, D\] or .*got \[20, 8\]"),
     ({"q": torch.zeros(1, 2, 3, 20, 8)}, ValueError, r"q must be \[B, heads, S, D\]"),
     ({"q": torch.zeros(2, 3, 19, 8)}, ValueError, r"q must have S = 4 \* 5 = 20 tokens, got 19"),
@@ -44,6 +46,13 @@ QUERIES = [
     ({"q": torch.zeros(2, 3, 20, 8, device="meta")}, ValueError, r"rel_pos_h must be on meta like q, got cpu"),
 ]
 TABLES = [
+    ({"rel_pos_h": None}, TypeError, "rel_pos_h must be a tensor, got NoneType"),
+    ({"rel_pos_w": torch.zeros(9, 8).numpy()}, TypeError, "rel_pos_w must be a tensor, got ndarray"),
+    (
+        {"q": torch.zeros(2, 3, 20, 8, device="meta"), "rel_pos_h": torch.zeros(7, 8, device="meta").half()},
+        TypeError,
+        "rel_pos_h must be torch.float32 like q.*got torch.float16",
+    ),
     ({"rel_pos_h": torch.zeros(7, 9)}, ValueError, r"rel_pos_h must be \[L, 8\], got \[7, 9\]"),
     ({"rel_pos_w": torch.zeros(9)}, ValueError, r"rel_pos_w must be \[L, 8\], got \[9\]"),
     ({"rel_pos_w": torch.zeros(1, 9, 8)}, ValueError, r"rel_pos_w must be \[L, 8\], got \[1, 9, 8\]"),
@@ -117,6 +126,8 @@ def good_attention(**changes) -> dict:
 
 
 KEYS = [
+    ({"k": None}, TypeError, "k must be a tensor, got NoneType"),
+    ({"v": 1.0}, TypeError, "v must be a tensor, got float"),
     ({"k": torch.zeros(2, 3, 20, 9)}, ValueError, r"k must be \[2, 3, 20, 8\] to go with q.*got \[2, 3, 20, 9\]"),
     ({"v": torch.zeros(2, 3, 19, 8)}, ValueError, r"v must be \[2, 3, 20, 8\].*got \[2, 3, 19, 8\]"),
     ({"v": torch.zeros(6, 20, 8)}, ValueError, r"v must be \[2, 3, 20, 8\].*got \[6, 20, 8\]"),
@@ -156,9 +167,25 @@ def test_mixed_dtypes_under_autocast():
             relpos_cuda.rel_pos_attention(**good_attention(k=torch.zeros(2, 3, 20, 8).double()))
 
 
-def test_is_supported_knows_two_ops():
-    with pytest.raises(ValueError, match='op must be "logits" or "attention", got \'bias\''):
-        relpos_cuda.is_supported(torch.zeros(1, 4, 8), (2, 2), (2, 2), op="bias")
+@pytest.mark.parametrize(
+    "changes,error,message",
+    [
+        ({"op": "bias"}, ValueError, 'op must be "logits" or "attention", got \'bias\''),
+        ({"q": torch.zeros(1, 4, 8).long()}, TypeError, "q must be float16.*got torch.int64"),
+        ({"q": None}, TypeError, "q must be a tensor, got NoneType"),
+        ({"q_size": (2, 3)}, ValueError, r"q must have S = 2 \* 3 = 6 tokens, got 4"),
+        ({"q_size": (4,)}, ValueError, r"q_size must be \(h, w\) or \(t, h, w\), got \(4,\)"),
+        ({"k_size": (1, 2, 2)}, ValueError, r"k_size must be \(h, w\) or .*, as q_size is, got \(1, 2, 2\)"),
+        ({"k_size": (2, 0)}, ValueError, r"k_size\[1\] must be at least 1, got 0"),
+        ({"num_prefix_tokens": -1}, ValueError, "num_prefix_tokens must be at least 0, got -1"),
+        ({"scale": "1"}, TypeError, "scale must be a float or None, got '1'"),
+    ],
+)
+def test_is_supported(changes: dict, error: type[Exception], message: str):
+    good = {"q": torch.zeros(1, 4, 8), "q_size": (2, 2), "k_size": (2, 2)}
+    assert relpos_cuda.is_supported(**good) is None
+    with pytest.raises(error, match=message):
+        relpos_cuda.is_supported(**(good | changes))
 
 
 def test_in_place_on_a_leaf_is_refused_as_everywhere():
@@ -211,7 +238,10 @@ FORWARD = [
     ("index", torch.zeros(10, dtype=torch.int32), "index must have 114 elements, got 10"),
     ("index", torch.zeros(114, dtype=torch.int64), "index must be int32"),
     ("q_size", (4, 5, 1), r"q_size and k_size must both be \(h, w\) or \(t, h, w\)"),
-    ("k_size", (0, 5), "grid sizes must be between"),
+    ("k_size", (0, 5), r"k_size\[0\] must be at least 1 and less than 2\^24, got 0"),
+    ("q_size", (4, 1 << 24), r"q_size\[1\] must be at least 1 and less than 2\^24, got 16777216"),
+    ("k_size", (65536, 65536), r"k_size has 2\^31 tokens or more"),
+    ("q_size", (65536, 32768), r"q_size has 2\^31 tokens or more"),
     ("num_prefix_tokens", -1, "num_prefix_tokens is out of range: -1"),
 ]
 
@@ -224,6 +254,25 @@ def test_forward_op(name: str, value, message: str, device: str):
     relpos_cuda._ops.logits_fwd(*arguments.values())
     with pytest.raises(RuntimeError, match=message):
         relpos_cuda._ops.logits_fwd(*(arguments | {name: value}).values())
+
+
+@pytest.mark.parametrize("value", [10**9, -1, 16])
+@pytest.mark.parametrize("op", ["logits_fwd", "logits_bwd", "attention_fwd"])
+def test_an_index_is_not_followed_out_of_the_table(op: str, value: int):
+    """On the CPU, where it can be looked at: a GPU trusts it."""
+    forward = op_arguments()
+    index = forward["index"].clone()
+    index[7] = value
+    shared = (forward["table"], index)
+    grids = (forward["q_size"], forward["k_size"], 0)
+    q, logits = forward["q"], forward["attn"]
+    calls = {
+        "logits_fwd": (forward["out"], logits, q, *shared, *grids),
+        "logits_bwd": (torch.empty_like(q), None, logits, q, *shared, None, None, *grids),
+        "attention_fwd": (torch.empty_like(q), None, q, q, q, *shared, *grids, 1.0),
+    }
+    with pytest.raises(RuntimeError, match=f"index must name rows 0 to 6 of the table for an axis, got .*{value}"):
+        getattr(relpos_cuda._ops, op)(*calls[op])
 
 
 def test_axes_too_long_for_the_index(device: str):

@@ -11,7 +11,7 @@ import torch
 
 import relpos_cuda
 from checks import assert_close_as_eager
-from problems import MODELS, NAMES, TINY, Problem, draw, run
+from problems import MODELS, NAMES, TINY, Problem, call, draw, run
 from relpos_cuda import _fallback, _loader, _ops, reference, support
 
 ours, eager = relpos_cuda.add_decomposed_rel_pos, reference.add_decomposed_rel_pos
@@ -43,16 +43,34 @@ def test_no_groups(without_kernels):
     assert not any(d.any() for d in d_tables)
 
 
-def test_no_copy_of_half_precision_gradients(without_kernels):
-    """Summing them in float32 must not make a float32 copy of them all."""
-    grad = torch.zeros(64, 256, 256, dtype=torch.bfloat16)
-    q, table = torch.zeros(64, 256, 8, dtype=torch.bfloat16), torch.zeros(62, 8, dtype=torch.bfloat16)
-    index = relpos_cuda.tables.lookup((16, 16), (16, 16), torch.device("cpu"))
-    dq, dtable = torch.empty_like(q), torch.empty(62, 8)
+@pytest.mark.parametrize("groups,side", [(64, 16), (1, 40)])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_no_copy_of_half_precision_logits(way: str, groups: int, side: int, monkeypatch: pytest.MonkeyPatch):
+    """Summing in float32 must not make a float32 copy of them all, of many groups or of one."""
+    grid, rows = [side, side], 2 * side - 1
+    logits = torch.zeros(groups, side**2, side**2, dtype=torch.bfloat16)
+    q, table = torch.zeros(groups, side**2, 8, dtype=torch.bfloat16), torch.zeros(2 * rows, 8, dtype=torch.bfloat16)
+    index = relpos_cuda.tables.lookup((side, side), (side, side), torch.device("cpu"))
+    dq, dtable = torch.empty_like(q), torch.empty(2 * rows, 8)
+    monkeypatch.setattr(_fallback, "CHUNK_BYTES", 1 << 20)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        _fallback.logits_bwd(dq, dtable, grad, q, table, index, None, None, [16, 16], [16, 16], 0)
+        if way == "forward":
+            _fallback.logits_fwd(logits, None, q, table, index, grid, grid, 0)
+        else:
+            _fallback.logits_bwd(dq, dtable, logits, q, table, index, None, None, grid, grid, 0)
     largest = max(event.self_cpu_memory_usage for event in profile.events())
-    assert 0 < largest < grad.numel()
+    factors = 4 * q.shape[:-1].numel() * side
+    assert 0 < largest <= max(_fallback.CHUNK_BYTES, factors) < logits.numel()
+
+
+@pytest.mark.parametrize("problem", TINY, ids=str)
+def test_half_precision_logits_are_rounded_once(problem: Problem, without_kernels, monkeypatch: pytest.MonkeyPatch):
+    """As by the kernels: of float32 sums, whatever the chunks."""
+    attn, q, *tables = draw(problem, torch.bfloat16).leaves(torch.bfloat16, "cpu")
+    want = call(ours, problem, attn.float(), q, tables).bfloat16()
+    for rows_of_a_chunk in (1, 3, 10**6):
+        monkeypatch.setattr(_fallback, "CHUNK_BYTES", 4 * problem.columns * rows_of_a_chunk)
+        assert torch.equal(call(ours, problem, attn, q, tables), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -134,8 +152,6 @@ assert relpos_cuda.is_supported(q, (2, 3), (2, 3), op="attention") is None
 
 
 def test_a_kernel_is_picked_up_as_soon_as_there_is_one():
-    if relpos_cuda._ops.has_kernel("attention_fwd", "cpu"):
-        pytest.skip("the library has one")
     done = subprocess.run([sys.executable, "-c", PICKS_UP], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

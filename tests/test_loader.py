@@ -129,6 +129,21 @@ def test_compiled_for_another_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert not _loader.load("cuda")
 
 
+def test_what_cannot_be_loaded_is_not_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The library is what the compiler wrote, so the next one would be no better, and others may be using it."""
+
+    def refuse(kind: str, library: Path) -> None:
+        raise OSError("cannot allocate static TLS")
+
+    path = library_in(tmp_path / "compiled", "cpu")
+    monkeypatch.setattr(_build, "build", lambda kind: path)
+    monkeypatch.setattr(_build, "is_as_built", lambda library: library == path)
+    monkeypatch.setattr(_loader, "_open", refuse)
+    with pytest.warns(RuntimeWarning, match="cannot be loaded: cannot allocate static TLS"):
+        assert not _loader.load("cpu")
+    assert path.exists()
+
+
 def test_damaged_cache_is_compiled_once_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = tmp_path / "compiled" / "librelpos_cpu.so"
     asked = []

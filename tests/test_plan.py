@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import relpos_cuda
 from problems import MODELS
@@ -69,6 +70,10 @@ def test_long_axes_take_fewer_rows_and_then_are_refused(plan):
         (("sideways", "float32", 1, (2, 2), (2, 2), 8, 0, 80), "direction"),
         (("forward", "int8", 1, (2, 2), (2, 2), 8, 0, 80), "dtype"),
         (("forward", "float32", 1, (2, 2, 2), (2, 2), 8, 0, 80), "q_size and k_size"),
+        (("forward", "float32", 1, (4, 4), (4, 0), 8, 0, 80), r"k_size\[1\] must be at least 1 .*, got 0"),
+        (("forward", "float32", 1, (1 << 20, 1 << 20), (4, 4), 8, 0, 80), r"q_size has 2\^31 tokens or more"),
+        (("forward", "float32", 1, (4, 4), (4, 4), 0, 0, 80), "the head dimension is out of range: 0"),
+        (("forward", "float32", 1, (4, 4), (4, 4), 8, -1, 80), "num_prefix_tokens is out of range: -1"),
     ],
 )
 def test_errors(plan, arguments, message):
@@ -76,13 +81,9 @@ def test_errors(plan, arguments, message):
         plan(*arguments)
 
 
-class OnGpu:
-    """Looks like a CUDA tensor to is_supported, which reads device, dtype and head dimension only."""
-
-    device = torch.device("cuda")
-
-    def __init__(self, dtype: torch.dtype, head_dim: int):
-        self.dtype, self.shape = dtype, (1, 1, 1, head_dim)
+def on_gpu(dtype: torch.dtype, grid: tuple[int, ...], head_dim: int) -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(1, 1, math.prod(grid), head_dim, dtype=dtype, device="cuda")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ class OnGpu:
     ],
 )
 def test_is_supported(dtype, q_size, k_size, reason):
-    got = relpos_cuda.is_supported(OnGpu(dtype, 64), q_size, k_size)
+    got = relpos_cuda.is_supported(on_gpu(dtype, q_size, 64), q_size, k_size)
     assert got is None if reason is None else reason in got
 
 
@@ -232,8 +233,13 @@ def test_tiles_follow_the_lines_of_the_grid(k_size, tile):
     ],
 )
 def test_attention_is_supported(dtype, head_dim, k_size, scale, reason):
-    got = relpos_cuda.is_supported(OnGpu(dtype, head_dim), k_size, k_size, op="attention", scale=scale)
+    got = relpos_cuda.is_supported(on_gpu(dtype, k_size, head_dim), k_size, k_size, op="attention", scale=scale)
     assert got is None if reason is None else reason in got
+
+
+def test_attention_refuses_what_it_cannot_divide_by():
+    with pytest.raises(ValueError, match=r"k_size\[1\] must be at least 1"):
+        _loader.plan().plan_attention("forward", "float32", 1, (4, 4), (4, 0), 8, 0, 80, 1.0)
 
 
 def test_attention_refuses_an_unknown_kernel():

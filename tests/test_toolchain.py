@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -153,6 +154,17 @@ def test_bad_values_name_the_variable(name: str, text: str, monkeypatch: pytest.
     monkeypatch.setenv(variable.name, text)
     with pytest.raises(ValueError, match=f"{variable.name}='{text}': wanted"):
         variable()
+
+
+@pytest.mark.parametrize("name", ["MAX_JOBS", "RELPOS_CUDA_CXXFLAGS", "RELPOS_CUDA_CPU_ISA"])
+def test_bad_values_cost_speed_and_no_result(name: str, tmp_path: Path):
+    """What is read while building, by the kernels, or set for other tools: a warning, and the PyTorch path."""
+    environment = os.environ | {"RELPOS_CUDA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT), name: '"0'}
+    code = "import torch, relpos_cuda; x = torch.ones(1, 4, 8); t = torch.ones(3, 8)\n"
+    code += "print(relpos_cuda.rel_pos_attention(x, x, x, t, t, (2, 2), (2, 2)).sum().item())"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == "32.0", done.stderr
+    assert f"no native CPU library, using the slower PyTorch path: {name}='\"0': " in done.stderr
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch):

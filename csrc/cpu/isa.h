@@ -1,5 +1,6 @@
 // isa.h - which instruction set this process uses: the best it has, or less by RELPOS_CUDA_CPU_ISA. Chosen once.
 #pragma once
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -24,8 +25,9 @@ inline bool has_avx512bf16() {
 inline const char* instruction_set() {
   static const std::string chosen = [] {
 #ifdef RELPOS_HAVE_X86_ISAS
-    const char* cap = std::getenv("RELPOS_CUDA_CPU_ISA");
-    const std::string most = cap && *cap ? cap : "avx512_bf16";
+    const char* cap = std::getenv("RELPOS_CUDA_CPU_ISA");  // checked when the library is loaded
+    std::string most = cap && *cap ? cap : "avx512_bf16";
+    for (char& c : most) c = static_cast<char>(std::tolower(static_cast<unsigned char>(c)));
     const bool any512 = most == "avx512" || most == "avx512_bf16";
     const bool has512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");

@@ -53,6 +53,15 @@ struct AxisRows {
   }
 };
 
+// An index that the caller of an op made up must not be read through.
+inline void check_rows(const Axis& axis, const int32_t* index) {
+  int32_t least = axis.first_row, most = axis.first_row;
+  for (int64_t i = 0; i < int64_t{axis.queries} * axis.keys; ++i)
+    least = std::min(least, index[i]), most = std::max(most, index[i]);
+  RELPOS_CHECK(least >= axis.first_row && most < axis.first_row + axis.rows, "index must name rows ", axis.first_row,
+               " to ", axis.first_row + axis.rows - 1, " of the table for an axis, got ", least, " to ", most);
+}
+
 inline int64_t step_of(const Axis& axis, const int32_t* index) {
   const int64_t step = axis.keys > 1 ? index[0] - index[1] : 1;
   for (int64_t c = 0; c < axis.queries; ++c, index += axis.keys)
@@ -79,6 +88,7 @@ AxisRows<E> arrange(const Shape& s, const Axis& axis, const int32_t* index, cons
   AxisRows<E> r;
   r.axis = &axis;
   r.index = index + axis.index;
+  check_rows(axis, r.index);
   r.step = step_of(axis, r.index);
   r.gathered = forward ? r.step != 1 : r.step == 0;
   r.d_padded = padded<C>(s.D);
