@@ -20,6 +20,7 @@ import itertools
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -43,7 +44,8 @@ GPU_SOURCES = (HERE / "probe.cu", HERE / "probe_sm90.cu")
 EMULATOR_SOURCES = (HERE / "probe.cu", toolchain.HERE / "selftest_sm90.cpp")
 NO_SM90 = "no instructions of sm_90a"  # as probe_sm90.cu says
 DRAWS = 50
-MOST_PROCESSES = 12  # for the cases of sm_90
+MOST_PROCESSES = 24  # for the cases of sm_90
+PATIENCE = 20  # seconds for one of them, or for a process to begin: a product or a copy that hangs says nothing
 POISON = 0x7FC0DEAD  # a NaN
 SANITIZED = ("ragged_5x13", "ragged_5x13_mma", "window_7x7", "two_class_tokens", "interpolated", "keys_fewer", "video")
 SANITIZED_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32))
@@ -154,10 +156,21 @@ def hopper_is_right(who: str, ask: Callable[[int], Iterable[str]]) -> bool:
 
 def ask_hopper(library: Path, first: int) -> Iterable[str]:
     """What the process that :func:`answer_hopper` is says, line by line."""
-    command = [sys.executable, "-m", "benchmarks.gpu_probe", "hopper", str(library), str(first)]
+    return lines_of([sys.executable, "-m", "benchmarks.gpu_probe", "hopper", str(library), str(first)])
+
+
+def lines_of(command: list[str]) -> Iterable[str]:
+    """What a process prints; it is killed when it says nothing for too long."""
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        yield from (line.rstrip("\n") for line in process.stdout)
+        while True:
+            overdue = threading.Timer(PATIENCE, process.kill)
+            overdue.start()
+            line = process.stdout.readline()
+            overdue.cancel()
+            if not line:
+                return
+            yield line.rstrip("\n")
 
 
 def answer_hopper(library: Path, first: int) -> int:

@@ -9,7 +9,7 @@
 #     tests      the tests, without the emulated ones and those that never touch a GPU
 #     sanitize   compute-sanitizer, memcheck and racecheck, on tiny problems
 #     bench      python -m relpos_cuda bench
-#     wgmma      tests and bench of the attention's kernels for sm_90, beside the others
+#     wgmma      tests, memcheck and bench of the attention's kernels for sm_90, beside the others
 #     profile    ncu on every kernel of sam_b_global and sam_b_windows, bfloat16
 #
 #   benchmarks/gpu_run.sh --list        the steps, and the seconds each may take
@@ -39,7 +39,7 @@ limit_of() {
     tests) echo 480 ;;
     sanitize) echo 300 ;;
     bench) echo 540 ;;
-    wgmma) echo 240 ;;
+    wgmma) echo 300 ;;
     profile) echo 240 ;;
   esac
 }
@@ -120,7 +120,10 @@ step_bench() {
 }
 
 step_wgmma() { # by itself: an instruction that a GPU refuses ends all that its process has there
-  try "$PYTHON" -m pytest -p no:cacheprovider -v -rfE -k "not emulated" tests/test_attention_sm90.py
+  # A kernel that hangs must not take the rest with it.
+  try timeout -k 5 90 "$PYTHON" -m pytest -p no:cacheprovider -v -rfE -k "not emulated" tests/test_attention_sm90.py
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 RELPOS_CUDA_WGMMA=1 try timeout -k 5 60 \
+    compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_probe tiny
   local bench=(--device cuda --parts ops --ops attention --no-compile --passes forward 'forward + backward')
   RELPOS_CUDA_WGMMA=1 try "$PYTHON" -m relpos_cuda bench "${bench[@]}" --out "$OUT/wgmma" \
     --cases sam_h_global sam_b_global sam_h_windows sam_b_windows mvitv2_stage1 deepseek_ocr_768

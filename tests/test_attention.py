@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -284,3 +286,17 @@ def test_no_groups(batch: int, heads: int, device: str):
     assert out.shape == (batch, heads, 12, 8)
     assert all(d.shape == (batch, heads, 12, 8) for d in grads[:3])
     assert not any(d.any() for d in grads[3:])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_threads_launch_one_kernel_with_more_and_with_less_shared_memory():
+    """What a kernel may have is told to the driver, once for all threads of the process."""
+
+    def attend(lines: int) -> None:
+        q = torch.zeros(1, 2, lines * 64, 64, dtype=torch.bfloat16, device="cuda")
+        table = torch.zeros(127, 64, dtype=torch.bfloat16, device="cuda")
+        for _ in range(300):
+            relpos_cuda.rel_pos_attention(q, q, q, table, table, (lines, 64), (lines, 64))
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(attend, (8, 128)))

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,21 @@ def test_hopper_cases_are_counted_over_many_processes(processes, right, says, mo
     assert gpu_probe.hopper_is_right("gpu", lambda first: (asked.append(first), next(answers))[1]) == right
     assert says in capsys.readouterr().out
     assert asked == sorted(set(asked)), "no case twice"
+
+
+def test_a_hopper_process_that_hangs_is_killed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_probe, "PATIENCE", 1)
+    code = "import time; print('one', flush=True); time.sleep(0.5); print('two', flush=True); time.sleep(60)"
+    start = time.monotonic()
+    assert list(gpu_probe.lines_of([sys.executable, "-c", code])) == ["one", "two"]
+    assert time.monotonic() - start < 30
+
+
+def test_products_are_asked_before_what_no_kernel_does():
+    names = list(cases_sm90.every_case())
+    first = {part: min(i for i, name in enumerate(names) if part in name) for part in ("rs ", "inside", "outside")}
+    assert first["rs "] < first["inside"] < first["outside"]
+    assert not any("outside" in name for name in names[: first["outside"]])
 
 
 def test_a_hopper_process_ends_with_the_context(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -1,6 +1,7 @@
 // device.h - from tensors to the device that they are on.
 #pragma once
 #include "../checks.h"
+#include "../plan.h"
 #include "runtime.h"
 #ifndef RELPOS_EMULATE
 #include <dlfcn.h>
@@ -38,9 +39,12 @@ inline int arch_of(const Tensor& t) {
 // The device of the tensors, made current, with its stream.
 class OnDevice : public Launcher {
  public:
-  explicit OnDevice(const Tensor& t) : Launcher(current_stream_of(t), arch_of(t)), guard_(t.get_device_index()) {}
+  explicit OnDevice(const Tensor& t) : OnDevice(t, arch_of(t)) {}
 
  private:
+  OnDevice(const Tensor& t, int arch)
+      : Launcher(current_stream_of(t), arch, shared_limits(arch).per_block), guard_(t.get_device_index()) {}
+
   torch::stable::accelerator::DeviceGuard guard_;
 };
 #endif

@@ -25,15 +25,16 @@ namespace relpos {
 // What it takes to launch kernels on a stream of the current device.
 class Launcher {
  public:
-  Launcher(cudaStream_t stream, int arch) : stream_(stream), arch_(arch) {}
+  // `most_shared`: bytes of shared memory that a block of the device may have.
+  Launcher(cudaStream_t stream, int arch, int64_t most_shared)
+      : stream_(stream), arch_(arch), most_shared_(static_cast<int>(most_shared)) {}
   int arch() const { return arch_; }
 
   template <typename Params>
   void launch(void (*kernel)(Params), dim3 grid, int threads, int64_t shared_bytes, const Params& params) const {
     constexpr int64_t kWithoutAsking = 48 * 1024;
-    if (shared_bytes > kWithoutAsking)
-      RELPOS_CUDA_CHECK(
-          cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+    if (shared_bytes > kWithoutAsking)  // the same for all: another thread may ask between this and the launch
+      RELPOS_CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_shared_));
     void* arguments[] = {const_cast<Params*>(&params)};
     RELPOS_CUDA_CHECK(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, dim3(threads), arguments,
                                        static_cast<size_t>(shared_bytes), stream_));
@@ -41,7 +42,7 @@ class Launcher {
 
  private:
   cudaStream_t stream_;
-  int arch_;
+  int arch_, most_shared_;
 };
 
 }  // namespace relpos

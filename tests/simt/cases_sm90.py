@@ -68,10 +68,13 @@ def tma(test: Selftest, x: Tensor, box, at, swizzle: Swizzle, fault: str = "", *
     return Answer(complaint, out[1024:], tma_model(x, box, at, swizzle))
 
 
-def corners(swizzle: Swizzle, shape, box, dtype: torch.dtype) -> Iterator[tuple[Tensor, tuple, tuple]]:
-    """Tensor, box and its first element: before, at, across and behind the ends of every axis.
+def corners(begins: str, swizzle: Swizzle, shape, box, dtype: torch.dtype) -> Iterator[tuple[Tensor, tuple, tuple]]:
+    """Tensor, box and its first element: at and across the ends of every axis, or also before and behind them.
 
     Along axis 0, in steps of 16 bytes: between them, TMA ends in an illegal instruction.
+
+    Args:
+        begins: ``inside`` the tensor, as boxes of the kernels do, or ``outside``.
     """
     x = torch.arange(1, 1 + torch.Size(shape).numel(), dtype=dtype).view(shape)
     if swizzle != Swizzle.NONE:
@@ -81,12 +84,14 @@ def corners(swizzle: Swizzle, shape, box, dtype: torch.dtype) -> Iterator[tuple[
         (-step, 0, max(0, size - length) // step * step, (size - 1) // step * step)
         for size, length, step in zip(reversed(shape), box, steps, strict=False)
     ]
-    every = list(itertools.product(*ends))
-    yield from ((x, box, at) for at in (*every[:: len(every) // 40 | 1], tuple(-length for length in box)))
+    every = [at for at in itertools.product(*ends) if (min(at) >= 0) == (begins == "inside")]
+    if begins == "outside":
+        every.append(tuple(-length for length in box))
+    yield from ((x, box, at) for at in every[:: len(every) // 40 | 1])
 
 
 def every_corner(test: Selftest, *tiling) -> Answer:
-    answers = [tma(test, x, box, at, tiling[0]) for x, box, at in corners(*tiling)]
+    answers = [tma(test, x, box, at, tiling[1]) for x, box, at in corners(*tiling)]
     complaint = next((a.complaint for a in answers if a.complaint), None)
     return Answer(complaint, torch.stack([a.got for a in answers]), torch.stack([a.want for a in answers]))
 
@@ -123,16 +128,17 @@ def relay(test: Selftest, fault: str = "", rounds: int = 5) -> Answer:
 
 
 def every_case() -> dict[str, Callable[[Selftest], Answer]]:
-    """By a name: the kernel's, and what varies."""
+    """By a name: the kernel's, and what varies. Last what no kernel of the ops asks for."""
     cases: dict[str, Callable[[Selftest], Answer]] = {"relay": relay, "pipeline": pipeline}
     cases |= {f"stmatrix{' trans' if trans else ''}": partial(stmatrix, trans=trans) for trans in (False, True)}
-    for (shape, box), swizzle, dtype in itertools.product(BOXES, Swizzle, (torch.int16, torch.int32)):
-        tiling = (swizzle, shape, box, dtype)
-        cases[f"tma {len(shape)}, {swizzle.name}, {dtype.itemsize} bytes"] = lambda test, t=tiling: every_corner(
-            test, *t
-        )
     for kind, dtype, n, mn_major, b in itertools.product(("ss", "rs"), DTYPES, WIDTHS, (False, True), Swizzle):
         a = Swizzle(len(Swizzle) - 1 - b)
         name = f"{kind} {dtype} {n} {'mn' if mn_major else 'k'}, {b.name}" + (f", a {a.name}" if kind == "ss" else "")
         cases[name] = lambda test, p=(kind, dtype, n, mn_major, a, b): wgmma(test, *p)
+    for begins, (shape, box), swizzle, dtype in itertools.product(
+        ("inside", "outside"), BOXES, Swizzle, (torch.int16, torch.int32)
+    ):
+        tiling = (begins, swizzle, shape, box, dtype)
+        name = f"tma {len(shape)}, {swizzle.name}, {dtype.itemsize} bytes, begins {begins}"
+        cases[name] = lambda test, t=tiling: every_corner(test, *t)
     return cases

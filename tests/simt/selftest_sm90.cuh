@@ -142,12 +142,13 @@ struct Wgmma {
         const int astray = p.fault("off the swizzle") ? 128 : p.fault("outside") ? 1 << 16 : 0;
         return relpos::wgmma_descriptor(smem + m.at + step * m.next + astray, m.leading, m.stride, m.swizzle);
       };
-      relpos::wgmma_fence(d);
       if constexpr (RS) {
         uint32_t registers[4];
         memcpy(registers, static_cast<const uint32_t*>(p.b) + (step * 128 + thread()) * 4, sizeof registers);
+        relpos::wgmma_fence(d);
         relpos::wgmma_rs<T, N, B_MN_MAJOR>(d, registers, descriptor(b), step > 0);
       } else {
+        relpos::wgmma_fence(d);
         relpos::wgmma_ss<T, N, B_MN_MAJOR>(d, descriptor(a), descriptor(b), step > 0);
       }
       auto& narrow = reinterpret_cast<float (&)[32]>(d);
@@ -216,7 +217,7 @@ __device__ inline void consume(const Params& p, const Stages& pipe) {
 }
 
 struct Pipeline {
-  static constexpr int kThreads = 256;
+  static constexpr int kThreads = 384;  // so many would share the registers, of which these 256 have to ask for more
 
   static __device__ void run(const Params& p) {
     RELPOS_DYNAMIC_SHARED_1024(smem);
@@ -271,7 +272,7 @@ Kernels all_kernels() {
       {"stmatrix", config<Stmatrix<false>>(512)},
       {"stmatrix trans", config<Stmatrix<true>>(512)},
       {"relay", config<Relay>(256)},
-      {"pipeline", config<Pipeline>(kShared)},
+      {"pipeline", config<Pipeline>(kShared, 256)},
       {"pipeline without a producer warpgroup", config<Pipeline>(kShared, 160)},
       {"tma 1", config<Tma<1>>()},
       {"tma 2", config<Tma<2>>()},
