@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from relpos_cuda import demo
-from relpos_cuda._race import Steps, race
+from relpos_cuda._race import Steps, bytes_of, race
 from relpos_cuda.integrations.accelerate import accelerate, restore
 
 from .cases import DTYPES
@@ -136,7 +136,7 @@ def rows_of(steps: Steps, device: str, rounds: int) -> list[dict]:
             "samples": len(runs.seconds),
             "spread": round(runs.spread, 3),
             "speed_up": round(stock.median / runs.median, 3),
-            "peak_bytes": round(2**30 * max(runs.peaks)),
+            "peak_bytes": bytes_of(max(runs.peaks)),
             "error": float(f"{runs.distance(stock)[1]:.2e}"),
         }
         for name, runs in results.items()

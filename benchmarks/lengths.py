@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from relpos_cuda._race import measure
+from relpos_cuda._race import bytes_of, measure
 
 from . import attention
 from .cases import DTYPES, draw, square
@@ -68,7 +68,7 @@ def rows_of(peer: str, device: str, dtype: str, gibibytes: float, patience: floa
             if direction in last:
                 before, *costs = last[direction]
                 seconds, peak = (cost * (side / before) ** 4 for cost in costs)
-                if seconds > patience and peak <= gibibytes:
+                if seconds > patience and not peak > gibibytes:
                     yield row | {"outcome": f"{OUT_OF_PATIENCE}: about {seconds:.0f} s"}
                     continue
             try:
@@ -80,7 +80,7 @@ def rows_of(peer: str, device: str, dtype: str, gibibytes: float, patience: floa
                 yield row | {"outcome": OUT_OF_MEMORY}
                 continue
             last[direction] = (side, seconds, peak)
-            yield row | {"milliseconds": float(f"{1e3 * seconds:.4g}"), "peak_bytes": round(2**30 * peak)}
+            yield row | {"milliseconds": float(f"{1e3 * seconds:.4g}"), "peak_bytes": bytes_of(peak)}
 
 
 def cost(call: Call, direction: str, device: str) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -116,8 +117,10 @@ def time_over_length(result: dict) -> Figure:
 
 
 def memory_over_length(result: dict) -> Figure:
-    least = 2**20 / 64  # what is measured as nothing is shown at the lower end
-    return over_length(result, "memory", "MiB beside inputs", lambda row: max(row["peak_bytes"], least) / 2**20)
+    def mebibytes(row: dict) -> float:  # what is measured as nothing is shown at the lower end
+        return math.nan if row["peak_bytes"] is None else max(row["peak_bytes"] / 2**20, 1 / 64)
+
+    return over_length(result, "memory", "MiB beside inputs", mebibytes)
 
 
 # ---- peers

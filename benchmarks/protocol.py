@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from relpos_cuda._race import measure
+from relpos_cuda._race import bytes_of, measure
 
 from . import correctness
 from .cases import DTYPES, Case, Inputs
@@ -44,7 +45,7 @@ class Task:
     peer: Peer
     direction: str
     calls: list[Call]  # one for every set of inputs
-    peak: float = float("nan")  # bytes
+    peak: float = math.nan  # GiB
     milliseconds: list[float] = dataclasses.field(default_factory=list)  # of plain calls
     replayed: list[float] = dataclasses.field(default_factory=list)
     graphs: list[torch.cuda.CUDAGraph] = dataclasses.field(default_factory=list)
@@ -184,8 +185,7 @@ def warm_up(
             progress(f"{peer.name}, {direction}, warms up")
             try:
                 with peer.around():
-                    results, _, peak = measure(task.ready(0), device)
-                task.peak = 2**30 * peak
+                    results, _, task.peak = measure(task.ready(0), device)
                 if direction != FORWARD:
                     task.compare(0, results)
             except (RuntimeError, NotImplementedError) as error:  # torch.OutOfMemoryError is one
@@ -208,7 +208,7 @@ def row_of(op: str, task: Task, case: Case, dtype: str, errors: correctness.Erro
         "peer": task.peer.name,
         **spread(samples),
         "samples": len(samples),
-        "peak_bytes": round(task.peak) if task.peak == task.peak else None,
+        "peak_bytes": bytes_of(task.peak),
         "work": work(op, case, dtype, task.direction),
         "deterministic": task.deterministic,
     }

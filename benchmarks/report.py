@@ -60,7 +60,7 @@ def _cells(row: dict, ours: float | None, floor: float) -> tuple[str, ...]:
         f"{four_digits(low)} .. {four_digits(high)}",
         f"{row['milliseconds'] / ours:.2f} x" if ours else "",
         f"{floor / row['milliseconds']:.0%}",
-        "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.0f}",
+        mebibytes(row["peak_bytes"]),
         "less work" if "note" in row else error,
         {None: "", True: "same", False: "vary"}[row["deterministic"]],
         four_digits(row["plain"]["milliseconds"]) if "plain" in row else "",
@@ -69,6 +69,10 @@ def _cells(row: dict, ours: float | None, floor: float) -> tuple[str, ...]:
 
 def four_digits(milliseconds: float) -> str:
     return f"{milliseconds:.4g}" if milliseconds < 9999.5 else f"{milliseconds:.0f}"
+
+
+def mebibytes(count: int | None) -> str:
+    return "?" if count is None else f"{count / 2**20:.0f}"
 
 
 def floor_of(row: dict, rates: dict) -> float:
@@ -88,7 +92,7 @@ def length_tables(rows: list[dict]) -> Iterable[tuple[str, Table]]:
     def cell(row: dict) -> str:
         if "outcome" in row:
             return row["outcome"]
-        return f"{four_digits(row['milliseconds'])} ms, {row['peak_bytes'] / 2**20:.0f} MiB"
+        return f"{four_digits(row['milliseconds'])} ms, {mebibytes(row['peak_bytes'])} MiB"
 
     sides = sorted({row["side"] for row in rows if "side" in row})
     peers = list(dict.fromkeys(row["peer"] for row in rows if "side" in row))
@@ -113,7 +117,7 @@ def _encoders(rows: list[dict]) -> Iterable[str]:
                     four_digits(row["milliseconds"]),
                     f"{row['spread']:.0%}",
                     f"{row['speed_up']:.2f} x",
-                    f"{row['peak_bytes'] / 2**20:.0f}",
+                    mebibytes(row["peak_bytes"]),
                     f"{row['error']:.0e}",
                 )
             )

@@ -52,11 +52,14 @@ def main(arguments: list[str] | None = None) -> int:
     file.write_text(json.dumps(result, indent=1) + "\n")
     print(report.rates_line(result))
     print(file)
-    return draw_plots(file, options.out) or int(any(row.get("wrong") for row in result["rows"] if is_ours(row)))
+    return draw_plots(file, options.out) or int(ours_is_wrong_or_missing(result, options))
 
 
-def is_ours(row: dict) -> bool:
-    return row["peer"].startswith("ours")
+def ours_is_wrong_or_missing(result: dict, options: argparse.Namespace) -> bool:
+    rows = [row for row in result["rows"] if row["peer"].startswith("ours")]
+    found = {(row["op"], row["case"], row["dtype"], row["pass"]) for row in rows if row["peer"] == OPS[row["op"]].OURS}
+    asked = itertools.product(options.ops, options.cases, options.dtypes, options.passes)
+    return any(row.get("wrong") for row in rows) or ("ops" in options.parts and not found.issuperset(asked))
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:

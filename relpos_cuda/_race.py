@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -56,6 +57,11 @@ def measure(run: Callable[[], Any], device: str) -> tuple[Any, float, float]:
     seconds = time.perf_counter() - start
     peak = torch.cuda.max_memory_allocated() if on_gpu else _resident("VmHWM")
     return result, seconds, (peak - before) / 2**30
+
+
+def bytes_of(gibibytes: float) -> int | None:
+    """A peak as files of results have it."""
+    return None if math.isnan(gibibytes) else round(2**30 * gibibytes)
 
 
 def _resident(row: str, forget_peak: bool = False) -> float:

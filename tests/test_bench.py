@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ import torch
 from benchmarks import attention, cases, correctness, encoders, floors, lengths, logits, protocol, report, run
 from benchmarks.cases import Case, square
 from benchmarks.peers import Peer
+from relpos_cuda import _race
 
 SMALL = [
     square("square", 2, 2, 6, 16),
@@ -234,6 +236,26 @@ def test_the_command_fails_if_ours_is_wrong(tmp_path: Path, monkeypatch: pytest.
     arguments = ["--quick", "--parts", "ops", "--ops", "attention", "--device", "cpu", "--out", str(tmp_path)]
     assert run.main(arguments) == 1
     assert re.search(r"ours .* WRONG", capsys.readouterr().out)
+
+
+def test_the_command_fails_if_ours_does_not_run(small_cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuses(x):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(attention, "ours", refuses)
+    arguments = ["--quick", "--parts", "ops", "--ops", "attention", "--device", "cpu", "--out", str(tmp_path)]
+    assert run.main(arguments) == 1
+
+
+def test_memory_that_is_unknown(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(_race, "_resident", lambda row, forget_peak=False: math.nan)
+    rows = list(lengths.rows_of("ours", "cpu", "float32", 12, 10, [4, 8]))
+    assert [(row["side"], row["peak_bytes"]) for row in rows] == [(4, None), (4, None), (8, None), (8, None)]
+    rows = [row | {"peer": "ours", "dtype": "float32"} for row in rows]
+    assert "? MiB" in report.text_of({"lengths": rows}, {"rates": [None]})
+    x = torch.zeros(1)
+    steps = dict.fromkeys((encoders.STOCK, encoders.OURS), lambda: x)
+    assert [row["peak_bytes"] for row in encoders.rows_of(steps, "cpu", 1)] == [None, None]
 
 
 LENGTHS = [
