@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 
-def is_sharded(x: Any) -> bool:
-    return hasattr(x, "device_mesh") and hasattr(x, "placements")  # a DTensor, without importing torch.distributed
+def is_sharded(*tensors: Any) -> bool:
+    """Whether one of them is a DTensor, without importing torch.distributed."""
+    return any(hasattr(x, "device_mesh") and hasattr(x, "placements") for x in tensors)
 
 
 def on_shares(function: Callable[..., Tensor], operands: dict[str, Any], tables: dict[str, Any]) -> Tensor:
@@ -47,11 +48,11 @@ def on_shares(function: Callable[..., Tensor], operands: dict[str, Any], tables:
         local[name] = None if x is None else x.redistribute(mesh, whole).to_local(grad_placements=of_shares)
     out = function(**local)
     with torch.device("meta"):
-        layout = function_layout(first.shape, out)
+        layout = _empty_laid_out_like(out, first.shape)
     return DTensor.from_local(out, mesh, placements, run_check=False, shape=first.shape, stride=layout.stride())
 
 
-def function_layout(shape: torch.Size, local: Tensor) -> Tensor:
-    """An empty tensor of this shape whose axes lie in memory in the order of the local result's."""
+def _empty_laid_out_like(local: Tensor, shape: torch.Size) -> Tensor:
+    """Of this shape, its axes in memory in the order of the local result's."""
     order = sorted(range(len(shape)), key=lambda axis: local.stride(axis), reverse=True)
     return torch.empty([shape[axis] for axis in order]).permute([order.index(axis) for axis in range(len(shape))])

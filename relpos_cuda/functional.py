@@ -61,7 +61,7 @@ def decomposed_rel_pos(
 
     Args:
         q: Unscaled queries ``[B, heads, S, D]`` or ``[B * heads, S, D]``, any strides; float16, bfloat16, float32 or
-            float64; any device.
+            float64; any device. No DTensor.
         rel_pos_h, rel_pos_w: Learned tables ``[L, D]`` in the dtype of ``q`` or float32, on its device; interpolated
             linearly where ``L`` is not ``2 * max(q, k) - 1`` of their axis.
         q_size, k_size: Grids of the queries and of the keys, ``(h, w)``; ``(t, h, w)`` with ``rel_pos_t``.
@@ -126,7 +126,7 @@ def add_decomposed_rel_pos(
     Source: the function of the same name in segment_anything, detectron2 and their descendants; with
     ``num_prefix_tokens=1`` and ``rel_pos_t``, the relative position of MViTv2.
     """
-    if is_sharded(q) or is_sharded(attn):
+    if is_sharded(attn, q, rel_pos_h, rel_pos_w, rel_pos_t):
         share = partial(add_decomposed_rel_pos, q_size=q_size, k_size=k_size, num_prefix_tokens=num_prefix_tokens)
         named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w, "rel_pos_t": rel_pos_t}
         out = on_shares(share, {"attn": attn, "q": q}, named)
@@ -193,7 +193,7 @@ def rel_pos_attention(
     Source: the attention of segment_anything's image encoder, of ViTDet and of MViTv2 (https://arxiv.org/abs/2112.01526)
     between their two Linear layers; no masks, no dropout.
     """
-    if is_sharded(q):
+    if is_sharded(q, k, v, rel_pos_h, rel_pos_w, rel_pos_t):
         more: dict[str, Any] = {"scale": scale, "num_prefix_tokens": num_prefix_tokens}
         share = partial(rel_pos_attention, q_size=q_size, k_size=k_size, **more)
         named = {"rel_pos_h": rel_pos_h, "rel_pos_w": rel_pos_w, "rel_pos_t": rel_pos_t}

@@ -1,11 +1,29 @@
-"""Attention with relative positions as a module, for models that are written anew."""
+"""Attention with relative positions as a module, for models that are written anew; and what those of others share."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .integrations.common import attention_of_qkv
+from . import _checks
+from .functional import rel_pos_attention
+
+
+def attention_of_qkv(
+    qkv: Tensor,  # [B, H, W, 3 * heads * D], as the projection gives it
+    heads: int,
+    scale: float,
+    tables: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Self-attention on a grid, ``[B, H, W, heads * D]``; q, k and v are views of ``qkv``, read where they lie."""
+    batch, height, width, _ = qkv.shape
+    q, k, v = qkv.reshape(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    if tables is None:
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    else:
+        out = rel_pos_attention(q, k, v, *tables, (height, width), (height, width), scale=scale)
+    return out.transpose(1, 2).reshape(batch, height, width, -1)
 
 
 class RelPosAttention(nn.Module):
@@ -25,7 +43,8 @@ class RelPosAttention(nn.Module):
         Input and output ``[B, H, W, dim]``, in the dtype and on the device of the parameters.
 
     Raises:
-        ValueError: ``dim`` is not a multiple of ``num_heads``, or ``input_size`` is not two positive numbers.
+        ValueError: a size is not positive, ``dim`` is not a multiple of ``num_heads``, or the input not of this shape.
+        TypeError: a size is not an int.
 
     Source: the attention of segment_anything's image encoder; tables start at zero there, too.
     """
@@ -41,15 +60,15 @@ class RelPosAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads:
+        dim, num_heads = _checks.check_size("dim", dim), _checks.check_size("num_heads", num_heads)
+        if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads = {num_heads}, got {dim}")
-        if len(input_size) != 2 or min(input_size) < 1:
-            raise ValueError(f"input_size must be two positive numbers (h, w), got {input_size}")
+        grid = _checks.check_grid("input_size", input_size, (2,), "(h, w)")
         self.num_heads, self.scale = num_heads, (dim // num_heads) ** -0.5
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.rel_pos_h, self.rel_pos_w = (
-            nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads, device=device, dtype=dtype)) for size in input_size
+            nn.Parameter(torch.zeros(2 * size - 1, dim // num_heads, device=device, dtype=dtype)) for size in grid
         )
 
     def extra_repr(self) -> str:
@@ -57,5 +76,7 @@ class RelPosAttention(nn.Module):
         return f"num_heads={self.num_heads}, tables for {sizes}"
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4 or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(f"x must be [B, H, W, {self.qkv.in_features}], got {list(x.shape)}")
         tables = self.rel_pos_h, self.rel_pos_w
         return self.proj(attention_of_qkv(self.qkv(x), self.num_heads, self.scale, tables))

@@ -164,6 +164,8 @@ def count_calls() -> Iterator[list[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         for name, module in list(sys.modules.items()):
-            if name.startswith("relpos_cuda.integrations") and hasattr(module, "rel_pos_attention"):
+            if name.startswith(("relpos_cuda.integrations", "relpos_cuda.modules")) and hasattr(
+                module, "rel_pos_attention"
+            ):
                 patch.setattr(module, "rel_pos_attention", counted)
         yield calls

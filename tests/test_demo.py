@@ -15,8 +15,7 @@ for package in ("transformers", "skimage", "matplotlib", "tqdm"):
 from matplotlib.image import imread  # noqa: E402
 from transformers import SamVisionConfig, SamVisionModel  # noqa: E402
 
-from relpos_cuda import _race, demo  # noqa: E402
-from relpos_cuda.integrations import common  # noqa: E402
+from relpos_cuda import _race, demo, modules  # noqa: E402
 
 
 def numbers(printed: str, variant: str) -> list[list[float]]:
@@ -89,7 +88,7 @@ def test_training_at_half_precision(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_wrong_result_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(common, "rel_pos_attention", lambda q, k, v, *others, **more: v)
+    monkeypatch.setattr(modules, "rel_pos_attention", lambda q, k, v, *others, **more: v)
     command = ["--size", "64", "--rounds", "1", "--device", "cpu"]
     assert demo.main([*command, "--output", str(tmp_path / "demo.png")]) == 1
     assert "differ" in capsys.readouterr().err

@@ -89,6 +89,8 @@ def refusals(rank: int) -> tuple[Gradients, Gradients]:
     whole = {name: distribute_tensor(t, mesh, [Replicate()]) for name, t in plain.items()}
     for wrong, message in (
         ({"rel_pos_h": plain["rel_pos_h"]}, "rel_pos_h must be a DTensor, as others are, got Tensor"),
+        ({"q": plain["q"]}, "q must be a DTensor, as others are, got Tensor"),
+        ({name: plain[name] for name in "qkv"}, "q must be a DTensor, as others are, got Tensor"),
         ({"q": distribute_tensor(plain["q"], mesh, [Shard(2)])}, "q must be sharded along batch or heads"),
     ):
         with pytest.raises(ValueError, match=message):

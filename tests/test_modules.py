@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -52,11 +53,19 @@ def test_tables_start_at_zero():
     "changes,message",
     [
         ({"num_heads": 3}, "dim must be a multiple of num_heads = 3, got 32"),
-        ({"num_heads": 0}, "dim must be a multiple of num_heads = 0, got 32"),
-        ({"input_size": (5,)}, r"input_size must be two positive numbers \(h, w\), got \(5,\)"),
-        ({"input_size": (5, 0)}, r"input_size must be two positive numbers \(h, w\), got \(5, 0\)"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
+        ({"dim": -8}, "dim must be at least 1, got -8"),
+        ({"input_size": (5,)}, r"input_size must be \(h, w\), got \(5,\)"),
+        ({"input_size": (5, 0)}, r"input_size\[1\] must be at least 1, got 0"),
+        ({"input_size": (4.5, 4)}, r"input_size\[0\] must be an int, got 4.5"),
     ],
 )
 def test_refusals(changes: dict, message: str):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         module(**changes)
+
+
+@pytest.mark.parametrize("shape", [(5, 5, 32), (1, 5, 5, 31)])
+def test_the_shape_of_the_input(shape: tuple[int, ...]):
+    with pytest.raises(ValueError, match=re.escape(f"x must be [B, H, W, 32], got {list(shape)}")):
+        module()(torch.zeros(shape))

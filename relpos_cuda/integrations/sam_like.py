@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..modules import attention_of_qkv
 from .adapters import Adapter, class_of_forward, name_of
-from .common import attention_of_qkv
 
 LISTED = (
     "segment_anything.modeling.image_encoder.Attention",

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..modules import attention_of_qkv
 from .adapters import Adapter, stock
-from .common import attention_of_qkv
 
 MODELS = "transformers.models"
 
