@@ -12,15 +12,26 @@ import pytest
 import torch
 from torch import Tensor
 
-import problems
 import relpos_cuda
 from checks import assert_close_as_eager, assert_exact_as_float64, assert_vanishes, miss
-from problems import MODELS, NO_WORK_SPACES, TINY, Problem, same, vanishes, with_enough_numbers
+from problems import ATTENTION_NAMES as NAMES
+from problems import (
+    MODELS,
+    NO_WORK_SPACES,
+    TINY,
+    AttentionInputs,
+    Problem,
+    call,
+    draw_attention,
+    run_attention,
+    same,
+    vanishes,
+    with_enough_numbers,
+)
 from relpos_cuda import _loader, _ops, reference, tables
 from test_isa import ISAS, has
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-NAMES = ("out", "q", "k", "v", "rel_pos_h", "rel_pos_w", "rel_pos_t")
 SEVERAL_MODELS = [
     dataclasses.replace(p, batch=1, heads=min(p.heads, 2)) for p in MODELS if "global" not in p.name and p.rows < 4000
 ]
@@ -34,38 +45,18 @@ SHAPES = [
 ]
 
 
-@dataclasses.dataclass
-class Inputs:
-    """Everything in float64, but already rounded to the dtype under test."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    tables: list[Tensor]  # h, w(, t), of the length that needs no interpolation
-    grad: Tensor
+def draw(problem: Problem, dtype: torch.dtype) -> AttentionInputs:
+    """With tables of the length that needs no interpolation: the ops know none."""
+    return draw_attention(dataclasses.replace(problem, table=None), dtype)
 
 
-def draw(problem: Problem, dtype: torch.dtype, seed: int = 0) -> Inputs:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype).double()
-
-    p = problem
-    lengths = [tables.rows_of(q, k) for q, k in zip(p.q_size, p.k_size, strict=True)]
-    all_tables = [normal(rows, p.head_dim, scale=p.head_dim**-0.5) for rows in lengths]
-    queries, keys = (p.batch, p.heads, p.rows, p.head_dim), (p.batch, p.heads, p.columns, p.head_dim)
-    return Inputs(normal(*queries), normal(*keys), normal(*keys), all_tables[-2:] + all_tables[:-2], normal(*queries))
+def formula(p: Problem, inputs: AttentionInputs, dtype: torch.dtype) -> list[Tensor]:
+    return run_attention(reference.rel_pos_attention, p, inputs, dtype)
 
 
-def formula(p: Problem, inputs: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """``out`` and the gradients of q, k, v and the tables, in the order of NAMES."""
-    leaves = [t.to(dtype, copy=True).requires_grad_() for t in (inputs.q, inputs.k, inputs.v, *inputs.tables)]
-    q, k, v, *rel_pos = leaves
-    logits = q * p.head_dim**-0.5 @ k.mT
-    logits = problems.call(reference.add_decomposed_rel_pos, p, logits, q, rel_pos)
-    out = logits.softmax(-1) @ v
-    return [out, *torch.autograd.grad(out, leaves, inputs.grad.to(dtype))]
+def stacked(inputs: AttentionInputs) -> list[Tensor]:
+    """The tables in the order of the ops: t, h, w."""
+    return [*inputs.tensors[5:], *inputs.tensors[3:5]]
 
 
 def empty(p: Problem, tokens: int, dtype: torch.dtype, strided: bool) -> Tensor:
@@ -76,14 +67,14 @@ def empty(p: Problem, tokens: int, dtype: torch.dtype, strided: bool) -> Tensor:
     return packed.permute(2, 0, 3, 1, 4)[1]
 
 
-def ops(p: Problem, inputs: Inputs, dtype: torch.dtype, strided: bool = False) -> list[Tensor]:
+def ops(p: Problem, inputs: AttentionInputs, dtype: torch.dtype, strided: bool = False) -> list[Tensor]:
     """The same through the ops."""
 
     def operand(t: Tensor) -> Tensor:
         return empty(p, t.shape[-2], dtype, strided).copy_(t)
 
-    q, k, v, grad = (operand(t) for t in (inputs.q, inputs.k, inputs.v, inputs.grad))
-    table = torch.cat([*inputs.tables[2:], *inputs.tables[:2]]).to(dtype)
+    q, k, v, grad = (operand(t) for t in (*inputs.tensors[:3], inputs.grad))
+    table = torch.cat(stacked(inputs)).to(dtype)
     index = tables.lookup(p.q_size, p.k_size, q.device)
     out = empty(p, p.rows, dtype, strided)
     wide = torch.promote_types(dtype, torch.float32)
@@ -93,7 +84,7 @@ def ops(p: Problem, inputs: Inputs, dtype: torch.dtype, strided: bool = False) -
     dq, dk, dv = (empty(p, n, dtype, strided) for n in (p.rows, p.columns, p.columns))
     d_table = torch.full(table.shape, float("nan"), dtype=wide)
     _ops.attention_bwd(dq, dk, dv, d_table, grad, q, k, v, out, lse, table, index, *NO_WORK_SPACES, *problem)
-    d_tables = list(d_table.to(dtype).split([len(t) for t in (*inputs.tables[2:], *inputs.tables[:2])]))
+    d_tables = list(d_table.to(dtype).split([len(t) for t in stacked(inputs)]))
     return [out, dq, dk, dv, *d_tables[-2:], *d_tables[:-2]]
 
 
@@ -140,12 +131,13 @@ def test_float64(problem: Problem):
 def test_lse(dtype: torch.dtype):
     p = SHAPES[3]
     inputs = draw(p, dtype)
-    q, k, v = (t.to(dtype) for t in (inputs.q, inputs.k, inputs.v))
+    exact_q, exact_k, _, *rel_pos = inputs.tensors
+    q, k, v = (t.to(dtype) for t in inputs.tensors[:3])
     lse, out = torch.empty(p.batch * p.heads, p.rows), torch.empty_like(q)
     index = tables.lookup(p.q_size, p.k_size, q.device)
-    problem = (torch.cat(inputs.tables).to(dtype), index, p.q_size, p.k_size, p.prefix, 0.3)
+    problem = (torch.cat(rel_pos).to(dtype), index, p.q_size, p.k_size, p.prefix, 0.3)
     _ops.attention_fwd(out, lse, q, k, v, *problem)
-    logits = problems.call(reference.add_decomposed_rel_pos, p, 0.3 * inputs.q @ inputs.k.mT, inputs.q, inputs.tables)
+    logits = call(reference.add_decomposed_rel_pos, p, 0.3 * exact_q @ exact_k.mT, exact_q, rel_pos)
     exact = logits.logsumexp(-1).flatten(0, 1)
     assert miss(lse, exact) <= 8 * torch.finfo(torch.float32).eps * exact.abs().max().item()
     without = torch.empty_like(out)
@@ -153,9 +145,9 @@ def test_lse(dtype: torch.dtype):
     assert without.equal(out)
 
 
-def gradients(p: Problem, inputs: Inputs, wanted: list[bool]) -> list[Tensor | None]:
-    q, k, v, grad = (t.float() for t in (inputs.q, inputs.k, inputs.v, inputs.grad))
-    table = torch.cat(inputs.tables).float()
+def gradients(p: Problem, inputs: AttentionInputs, wanted: list[bool]) -> list[Tensor | None]:
+    q, k, v, grad = (t.float() for t in (*inputs.tensors[:3], inputs.grad))
+    table = torch.cat(stacked(inputs)).float()
     rest = (table, tables.lookup(p.q_size, p.k_size, q.device), p.q_size, p.k_size, p.prefix, 0.2)
     out, lse = torch.empty_like(q), torch.empty(p.batch * p.heads, p.rows)
     _ops.attention_fwd(out, lse, q, k, v, *rest)
@@ -189,52 +181,50 @@ def test_bits_do_not_depend_on_threads_or_luck(problem: Problem, dtype: torch.dt
             assert a.equal(b), name
 
 
-@pytest.mark.parametrize("size", [1e1, 1e2, 1e4])
-@pytest.mark.parametrize("problem", [same("one_block", 14, 14, 24), SHAPES[0]], ids=str)
+@pytest.mark.parametrize("size", [1e1, 1e2, 1e4, 1e9])
+@pytest.mark.parametrize("problem", [same("one_block", 14, 14, 24, batch=8), SHAPES[0]], ids=str)
 def test_large_logits(problem: Problem, size: float):
     """Rows that are one-hot to the last bit, exponents far below the smallest number, and a key far ahead of others.
 
-    Beyond 10, p is only as good as lse, a large number in float32: the gradients of a flash-style backward miss more.
+    Where all keys are one block, everything is as good as eager. Else p is only as good as lse, a large number in
+    float32, and delta as out: some gradients miss more where the logits are in the hundreds.
     """
     inputs = draw(problem, torch.float32)
-    inputs.q *= size
+    q, k = inputs.tensors[:2]
+    q *= size
     if size > 1e1:
-        inputs.k[..., 3, :] = inputs.q.sum(-2).float()
+        k[..., 3, :] = q.sum(-2).float()
     exact, rival = formula(problem, inputs, torch.float64), formula(problem, inputs, torch.float32)
     got = ops(problem, inputs, torch.float32)
-    one_block = size == 1e1 and problem.columns < 640
+    one_block = problem.columns < 640
     for name, g, r, e in list(zip(NAMES, got, rival, exact, strict=False))[: None if one_block else 1]:
-        assert_close_as_eager(g, r, e, name)
+        if e.any():
+            assert_close_as_eager(g, r, e, name)
+        else:
+            assert_vanishes(g, e, exact, name)
     assert all(t.isfinite().all() for t in got)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinite_logits_of_a_key(dtype: torch.dtype):
-    """A strip of one query: what is beside it in its vector is no number, and must stay there."""
+    """It has no part in the result. A strip of one query: what is beside it in its vector is no number."""
     p = same("one_more_than_a_strip", 5, 13, 16, batch=4)
     inputs = draw(p, dtype)
-    inputs.q[..., 0] = inputs.q[..., 0].abs() + 1
-    inputs.k[..., 7, 0] = -float("inf")
-    for table in inputs.tables:
+    q, k, _, *rel_pos = inputs.tensors
+    q[..., 0] = q[..., 0].abs() + 1
+    k[..., 7, 0] = -float("inf")
+    for table in rel_pos:
         table[:, 0] = 0
     exact, rival, got = formula(p, inputs, torch.float64), formula(p, inputs, dtype), ops(p, inputs, dtype)
     for i in (0, 3):  # 0 * inf is in the others
         assert_close_as_eager(got[i], rival[i], exact[i], NAMES[i])
 
 
-def test_infinite_logits():
-    """A key whose logit is -inf has no part in the result; one query with a NaN spoils no other."""
+def test_a_query_with_a_nan_spoils_no_other():
     p = same("ends", 5, 13, 16, heads=1)
     inputs = draw(p, torch.float32)
-    inputs.q[..., 0] = inputs.q[..., 0].abs() + 1
-    inputs.k[..., 7, 0] = -float("inf")
-    for table in inputs.tables:
-        table[:, 0] = 0
-    exact, got = formula(p, inputs, torch.float64), ops(p, inputs, torch.float32)
-    assert miss(got[0], exact[0]) <= 1e-5 and miss(got[3], exact[3]) <= 1e-5  # out and dv; 0 * inf is in the others
-    inputs = draw(p, torch.float32)
     clean = ops(p, inputs, torch.float32)[0]
-    inputs.q[..., 3, 2] = float("nan")
+    inputs.tensors[0][..., 3, 2] = float("nan")
     spoilt = ops(p, inputs, torch.float32)[0]
     assert spoilt[..., 3, :].isnan().all()
     spoilt[..., 3, :] = clean[..., 3, :]
@@ -251,9 +241,9 @@ def test_no_groups():
 def test_refusals():
     p = TINY[0]
     inputs = draw(p, torch.float32)
-    q, k, v = (t.float() for t in (inputs.q, inputs.k, inputs.v))
+    q, k, v = (t.float() for t in inputs.tensors[:3])
     lse = torch.empty(p.batch * p.heads, p.rows)
-    rest = (torch.cat(inputs.tables).float(), tables.lookup(p.q_size, p.k_size, q.device), p.q_size, p.k_size, 0, 1.0)
+    rest = (torch.cat(stacked(inputs)).float(), tables.lookup(p.q_size, p.k_size, q.device), p.q_size, p.k_size, 0, 1.0)
     for wrong, words in [
         ((q, lse, q, k[:, :, 1:], v, *rest), "k must have 65 tokens"),
         ((q, lse, q, k, v[..., :7], *rest), "head dimension"),

@@ -123,12 +123,11 @@ void strip_gradients(const Backward<E>& p, int64_t first, int64_t count, const B
   std::fill(mine.d_inner.get(), mine.d_inner.get() + s.axis[kW].keys * kStrip, C{});
   for (int64_t n = 0; n < blocks.keys; n += blocks.size) {
     const int64_t keys = blocks.length(n);
-    p.gemm(score_product(p, n, keys, count, mine));
     C* d = mine.d_scores.get();
     p.gemm({keys, lanes, elements<E>(s.D), mine.v.along(p, n), p.e_padded(), 1, mine.grad.get(), kStrip, d, kStrip,
             false});
-    p.block().gradients(score_block(p, n, keys, count, mine), d, mine.lse.get(), mine.delta.get(), mine.d_outer.get(),
-                        mine.d_inner.get(), weights, ds);
+    p.block().gradients(score_product(p, n, keys, count, mine), score_block(p, n, keys, count, mine), d, mine.lse.get(),
+                        mine.delta.get(), mine.d_outer.get(), mine.d_inner.get(), weights, ds);
     const auto add_rows = [&](const E* weights, const E* rows, C* to) {
       p.gemm({keys, ld, elements<E>(count), weights, elements<E>(kStrip), 1, rows, ld, to + n * ld, ld, true});
     };

@@ -15,7 +15,7 @@ constexpr int64_t kStrip = 64;  // queries side by side; leading dimension of al
 // The scores of some neighbouring keys: `prefix` class tokens, then grid keys from `first` on.
 template <typename C>
 struct ScoreBlock {
-  C* scores;                    // [keys, kStrip]: of the product <q, k>, then work memory
+  C* scores;                    // [keys, kStrip]: work memory
   const C *outer, *inner;       // [image rows, kStrip], [columns, kStrip]: factors
   int64_t prefix, first, keys;  // keys counts the prefix, too
   int64_t columns;              // keys of an image row
@@ -31,11 +31,11 @@ struct BlockKernels {
   // sum * shrink + sum of weights. shrink is e^(largest before - largest now): what earlier results are to be
   // multiplied with.
   void (*softmax)(const Gemm<E>& scores, const ScoreBlock<C>&, E* weights, C* largest, C* sum, C* shrink);
-  // Scores as above, of a product that is made; weights = e^(score - lse), d_scores = weights * (d - delta), along, and
-  // sums of these: d_outer over columns, d_inner over image rows. Of a whole block, delta is not read, and lse need not
-  // be exact. Numbers may go where they come from.
-  void (*gradients)(const ScoreBlock<C>&, const C* d, const C* lse, const C* delta, C* d_outer, C* d_inner, E* weights,
-                    E* d_scores);
+  // Scores as above; weights = e^(score - lse), d_scores = weights * (d - delta), along, and sums of these: d_outer
+  // over columns, d_inner over image rows. Of a whole block, lse and delta are not read. Numbers may go where they come
+  // from.
+  void (*gradients)(const Gemm<E>& scores, const ScoreBlock<C>&, const C* d, const C* lse, const C* delta, C* d_outer,
+                    C* d_inner, E* weights, E* d_scores);
 };
 
 template <typename C>

@@ -2,7 +2,8 @@
 // compiled with RELPOS_ISA.
 //
 //   softmax    y = scale * s + outer + inner, m' = max(m, y), p = e^(y - m'), sum' = sum * e^(m - m') + sum of p
-//   gradients  p = e^(y - lse), ds = p * (dp - delta), d_outer += sums over columns, d_inner += over image rows
+//   gradients  p = e^(y - lse), or e^(y - m) / sum where all keys are there, ds = p * (dp - delta)
+//              d_outer += sums of ds over columns, d_inner += over image rows
 //
 //                 queries, one per lane --->
 //   keys      o   j   | s s s s s s s s |    row o of outer, row j of inner, added lane by lane
@@ -202,68 +203,61 @@ void softmax_lanes(const ScoreBlock<C> b, int64_t lane, const C* new_largest, E*
 }
 
 // Where a block is all keys, its own sums are better than lse and delta, in which p and d are rounded otherwise: what
-// should cancel does. Leaves e^(score - lse), and per lane the factor that makes it a probability, and delta.
+// should cancel does. Scores become e^(score - most), and per lane there is the factor that makes them probabilities,
+// and delta.
 template <typename E, int VECS, typename C = Sum<E>>
-void normalise(const ScoreBlock<C>& b, int64_t lane, const C* d, Vec<C>* less, Vec<C>* mean) {
+void normalise(const ScoreBlock<C>& b, int64_t lane, const C* d, const C* most, Vec<C>* factor, Vec<C>* mean) {
   constexpr int L = kLanes<C>;
-  Vec<C> total[VECS] = {}, weighted[VECS] = {};
-  const auto add_run = [&](int64_t n, int64_t count, const Vec<C>* outer, const C* inner) {
-    for (int64_t i = 0; i < count;) {
-      const int64_t end = short_sum(i, count);
-      Vec<C> part[VECS] = {}, part_weighted[VECS] = {};
-      for (; i < end; ++i)
-        for (int v = 0; v < VECS; ++v) {
-          const int64_t at = (n + i) * kStrip + lane + v * L;
-          const Vec<C> bias = inner ? outer[v] + load(inner + i * kStrip + lane + v * L) : outer[v];
-          const Vec<C> p = exp_of_negative<E>(load(b.scores + at) * b.scale + bias);
-          store(b.scores + at, p);
-          part[v] += p;
-          part_weighted[v] += p * load(d + at);
-        }
-      for (int v = 0; v < VECS; ++v) total[v] += part[v], weighted[v] += part_weighted[v];
-    }
-  };
-  Vec<C> outer[VECS];
-  for (int v = 0; v < VECS; ++v) outer[v] = -less[v];
-  add_run(0, b.prefix, outer, nullptr);
-  for_each_image_row(b, [&](int64_t n, int64_t o, int64_t j, int64_t count) {
-    for (int v = 0; v < VECS; ++v) outer[v] = load(b.outer + o * kStrip + lane + v * L) - less[v];
-    add_run(n, count, outer, b.inner + j * kStrip);
-  });
-  for (int v = 0; v < VECS; ++v) less[v] = C{1} / total[v], mean[v] = weighted[v] * less[v];
+  Vec<C> total[VECS] = {}, weighted[VECS] = {}, less[VECS];
+  for (int v = 0; v < VECS; ++v) less[v] = load(most + lane + v * L);
+  for (int64_t n = 0; n < b.keys;) {
+    const int64_t end = short_sum(n, b.keys);
+    Vec<C> part[VECS] = {}, part_weighted[VECS] = {};
+    for (; n < end; ++n)
+      for (int v = 0; v < VECS; ++v) {
+        const int64_t at = n * kStrip + lane + v * L;
+        const Vec<C> p = exp_for<E>(load(b.scores + at) - less[v]);
+        store(b.scores + at, p);
+        part[v] += p;
+        part_weighted[v] += p * load(d + at);
+      }
+    for (int v = 0; v < VECS; ++v) total[v] += part[v], weighted[v] += part_weighted[v];
+  }
+  for (int v = 0; v < VECS; ++v) factor[v] = C{1} / total[v], mean[v] = weighted[v] / total[v];
 }
 
+// WHOLE: of `lse` there is only what is common to all keys, the largest score.
 template <typename E, int VECS, bool WHOLE, typename C = Sum<E>>
 void gradient_lanes(const ScoreBlock<C> b, int64_t lane, const C* d, const C* lse, const C* delta, C* d_outer,
                     C* d_inner, E* weights, E* d_scores) {
   constexpr int L = kLanes<C>;
   Vec<C> less[VECS], mean[VECS];
-  for (int v = 0; v < VECS; ++v) less[v] = load(lse + lane + v * L), mean[v] = load(delta + lane + v * L);
-  if constexpr (WHOLE) normalise<E, VECS>(b, lane, d, less, mean);
-  // bias - lse comes first: it is the smaller number where p is large, and loses less when scale * s is added.
-  const auto step = [&](int64_t n, int v, Vec<C> bias) {
+  if constexpr (WHOLE)
+    normalise<E, VECS>(b, lane, d, lse, less, mean);
+  else
+    for (int v = 0; v < VECS; ++v) less[v] = load(lse + lane + v * L), mean[v] = load(delta + lane + v * L);
+  const auto step = [&](int64_t n, int v) {
     const int64_t column = lane + v * L, at = n * kStrip + column, row = n * kStrip / kNumbers<E>,
                   valid = b.queries - column;
-    const Vec<C> p = WHOLE ? load(b.scores + at) * less[v] : exp_of_negative<E>(load(b.scores + at) * b.scale + bias);
+    const Vec<C> p = WHOLE ? load(b.scores + at) * less[v] : exp_of_negative<E>(load(b.scores + at) - less[v]);
     const Vec<C> ds = p * (load(d + at) - mean[v]);
     store_along(weights + row, column, p, valid);
     store_along(d_scores + row, column, ds, valid);
     return ds;
   };
   for (int64_t n = 0; n < b.prefix; ++n)
-    for (int v = 0; v < VECS; ++v) step(n, v, -less[v]);
+    for (int v = 0; v < VECS; ++v) step(n, v);
   for_each_image_row(b, [&](int64_t n, int64_t o, int64_t j, int64_t count) {
-    Vec<C> outer[VECS], sums[VECS] = {};
-    for (int v = 0; v < VECS; ++v) outer[v] = load(b.outer + o * kStrip + lane + v * L) - less[v];
+    Vec<C> sums[VECS] = {};
     for (int64_t i = 0; i < count;) {
       const int64_t end = short_sum(i, count);
       Vec<C> part[VECS] = {};
       for (; i < end; ++i)
         for (int v = 0; v < VECS; ++v) {
-          const int64_t column = (j + i) * kStrip + lane + v * L;
-          const Vec<C> ds = step(n + i, v, outer[v] + load(b.inner + column));
+          C* at = d_inner + (j + i) * kStrip + lane + v * L;
+          const Vec<C> ds = step(n + i, v);
           part[v] += ds;
-          store(d_inner + column, load(d_inner + column) + ds);
+          store(at, load(at) + ds);
         }
       for (int v = 0; v < VECS; ++v) sums[v] += part[v];
     }
@@ -292,11 +286,14 @@ void softmax(const Gemm<E>& scores, const ScoreBlock<C>& b, E* weights, C* large
 }
 
 template <typename E, typename C = Sum<E>>
-void gradients(const ScoreBlock<C>& b, const C* d, const C* lse, const C* delta, C* d_outer, C* d_inner, E* weights,
-               E* d_scores) {
+void gradients(const Gemm<E>& scores, const ScoreBlock<C>& b, const C* d, const C* lse, const C* delta, C* d_outer,
+               C* d_inner, E* weights, E* d_scores) {
+  C most[kStrip];
+  for (C& x : most) x = static_cast<C>(-__builtin_inf());
+  gemm(scores, Biased<C>(b, most));  // the very numbers of the forward, so that what was summed there is divided here
   for_each_chunk<C>(padded<C>(b.queries), [&](auto vecs, int64_t lane) {
     constexpr int VECS = decltype(vecs)::value;
-    b.whole ? gradient_lanes<E, VECS, true>(b, lane, d, lse, delta, d_outer, d_inner, weights, d_scores)
+    b.whole ? gradient_lanes<E, VECS, true>(b, lane, d, most, delta, d_outer, d_inner, weights, d_scores)
             : gradient_lanes<E, VECS, false>(b, lane, d, lse, delta, d_outer, d_inner, weights, d_scores);
   });
 }
