@@ -42,6 +42,8 @@ def check_grid(name: str, size: Sequence[int], axes: Sequence[int], wanted: str)
 def check_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided or x.is_nested:
+        raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
 def check_table(name: str, table: Tensor, q: Tensor | None) -> None:

@@ -132,7 +132,7 @@ def _without(shape: torch.Size, axis: int) -> list[int]:
 
 def _on_grid(t: Tensor, q: Tensor, k_size: Sequence[int], prefix: int) -> Tensor:
     """View of the logits without class tokens, ``[G, queries, *k_size]``."""
-    groups, queries = q.shape[:-2].numel(), q.shape[-2]
+    groups, queries = math.prod(q.shape[:-2]), q.shape[-2]
     return t.view(groups, queries, prefix + math.prod(k_size))[:, prefix:, prefix:].unflatten(2, k_size)
 
 

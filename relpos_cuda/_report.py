@@ -34,7 +34,7 @@ def info() -> int:
         warnings.simplefilter("ignore")  # the report says it, below
         for kind in _libraries.KINDS:
             if kind not in useless:
-                with contextlib.suppress(_build.BuildError):
+                with contextlib.suppress(_build.BuildError, _env.BadValueError):
                     _loader.load(kind)
     _print_section("versions", versions())
     _print_section("compilers", compilers())
@@ -43,12 +43,21 @@ def info() -> int:
         for kind, status in _loader.status().items()
     ]
     _print_section("libraries", [*libraries, ("cache", str(_env.CACHE_DIR()))])
-    set_now = [(v.name, os.environ[v.name]) for v in _env.ALL if v.is_set()]
+    set_now = [(v.name, said_of(v)) for v in _env.ALL if v.is_set()]
     _print_section("environment", set_now or [("nothing set", "-")])
     planner = _loader.status()["plan"].module
     plans = [f"plan of the {op} kernels\n{sam_plans(planner, op) if planner else '  no planner'}" for op in KERNELS]
     print("\n\n".join(plans))
     return 0
+
+
+def said_of(variable: _env.Variable) -> str:
+    """What it is set to, and what is wrong with that."""
+    try:
+        variable()
+    except _env.BadValueError as error:
+        return str(error).removeprefix(f"{variable.name}=")
+    return os.environ[variable.name]
 
 
 def _print_section(title: str, rows: Iterable[Row]) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _fallback, _fallback_attention, _ops, support, tables
 from ._fallback import accumulation_dtype
+
+Gradients = Callable[..., tuple[Tensor | None, ...]]
 
 _TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy ...
 _QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
@@ -50,20 +52,25 @@ class AddDecomposedRelPos(torch.autograd.Function):
             ctx.mark_dirty(attn)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, table, index = ctx.saved_tensors
-        q_size, k_size, _ = ctx.problem
-        needs_attn, needs_q, needs_table = ctx.needs_input_grad[:3]
-        d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs_q else None
-        d_table = torch.empty(table.shape, dtype=accumulation_dtype(q), device=q.device) if needs_table else None
-        if needs_q or needs_table:
-            work_spaces = _work_spaces(q, q_size, k_size, needs_table)
-            operands = (_dense(grad), _with_contiguous_rows(q), table.to(q.dtype), index)
-            run = _ops.logits_bwd if support.fused(q, *ctx.problem) else _fallback.logits_bwd
-            run(d_q, d_table, *operands, *work_spaces, *ctx.problem)
-        d_table = None if d_table is None else d_table.to(table.dtype)
-        return grad if needs_attn else None, d_q, d_table, None, None, None, None, None
+        needs_attn, *needs = ctx.needs_input_grad[:3]
+        found = _once(_logits_gradients, (ctx.problem, needs), grad, *ctx.saved_tensors) if any(needs) else (None, None)
+        return grad if needs_attn else None, *found, None, None, None, None, None
+
+
+def _logits_gradients(
+    problem: tuple[Any, ...], needs: list[bool], grad: Tensor, q: Tensor, table: Tensor, index: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Of q and the table, as far as they are needed."""
+    needs_q, needs_table = needs
+    q_size, k_size, _ = problem
+    d_q = torch.empty(q.shape, dtype=q.dtype, device=q.device) if needs_q else None
+    d_table = torch.empty(table.shape, dtype=accumulation_dtype(q), device=q.device) if needs_table else None
+    work_spaces = _work_spaces(q, q_size, k_size, needs_table)
+    operands = (_dense(grad), _with_contiguous_rows(q), table.to(q.dtype), index)
+    run = _ops.logits_bwd if support.fused(q, *problem) else _fallback.logits_bwd
+    run(d_q, d_table, *operands, *work_spaces, *problem)
+    return d_q, None if d_table is None else d_table.to(table.dtype)
 
 
 class AttentionFunction(torch.autograd.Function):
@@ -87,7 +94,7 @@ class AttentionFunction(torch.autograd.Function):
         out = _empty_by_tokens(q)
         lse = None
         if wants_gradients:
-            lse = torch.empty((q.shape[:-2].numel(), q.shape[-2]), dtype=accumulation_dtype(q), device=q.device)
+            lse = torch.empty((math.prod(q.shape[:-2]), q.shape[-2]), dtype=accumulation_dtype(q), device=q.device)
         rows = [_with_contiguous_rows(t) for t in (q, k, v)]
         run = _ops.attention_fwd if native else _fallback_attention.attention_fwd
         run(out, lse, *rows, table.to(q.dtype), index, *problem, scale)
@@ -103,23 +110,62 @@ class AttentionFunction(torch.autograd.Function):
             ctx.mark_non_differentiable(lse)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, table, index, out, lse = ctx.saved_tensors
-        q_size, k_size, prefix, scale = ctx.problem
-        needs = ctx.needs_input_grad[:4]
-        d_q, d_k, d_v = (_empty_by_tokens(t) if n else None for t, n in zip((q, k, v), needs[:3], strict=True))
-        d_table = torch.empty(table.shape, dtype=accumulation_dtype(q), device=q.device) if needs[3] else None
-        work_spaces = (
-            *_work_spaces(q, q_size, k_size, needs[3]),
-            *_factor_cache(q, q_size, k_size, prefix, needs[1] or needs[2]),
-        )
-        rows = [_with_contiguous_rows(t) for t in (grad, q, k, v, out)]
-        native = support.fused(q, q_size, k_size, prefix, "attention", scale)
-        run = _ops.attention_bwd if native else _fallback_attention.attention_bwd
-        run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, *ctx.problem)
-        d_table = None if d_table is None else d_table.to(table.dtype)
-        return d_q, d_k, d_v, d_table, None, None, None, None, None, None
+        static = (ctx.problem, ctx.needs_input_grad[:4])
+        return *_once(_attention_gradients, static, grad, *ctx.saved_tensors), None, None, None, None, None, None
+
+
+def _attention_gradients(
+    problem: tuple[Any, ...],
+    needs: tuple[bool, ...],
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    index: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """Of q, k, v and the table, as far as they are needed."""
+    q_size, k_size, prefix, scale = problem
+    d_q, d_k, d_v = (_empty_by_tokens(t) if n else None for t, n in zip((q, k, v), needs[:3], strict=True))
+    d_table = torch.empty(table.shape, dtype=accumulation_dtype(q), device=q.device) if needs[3] else None
+    work_spaces = (
+        *_work_spaces(q, q_size, k_size, needs[3]),
+        *_factor_cache(q, q_size, k_size, prefix, needs[1] or needs[2]),
+    )
+    rows = [_with_contiguous_rows(t) for t in (grad, q, k, v, out)]
+    native = support.fused(q, q_size, k_size, prefix, "attention", scale)
+    run = _ops.attention_bwd if native else _fallback_attention.attention_bwd
+    run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, *problem)
+    return d_q, d_k, d_v, None if d_table is None else d_table.to(table.dtype)
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that are not differentiated again.
+
+    A node that all they depend on leads to, so that whoever asks for a second derivative is refused. Those that
+    `once_differentiable` marks are refused by the engine alone: torch.autograd.grad and torch.func find zeros there.
+    """
+
+    @staticmethod
+    def forward(gradients: Gradients, static: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients(*static, *tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor | None) -> None:
+        raise RuntimeError("relpos_cuda: second derivatives are not supported; relpos_cuda.reference has them")
+
+
+def _once(gradients: Gradients, static: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():  # create_graph
+        return _Once.apply(gradients, static, *tensors)
+    return gradients(*static, *tensors)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others: Any) -> Tensor:
@@ -131,11 +177,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others: Any) -> T
 
 
 def _empty_by_tokens(like: Tensor) -> Tensor:
-    """[B, heads, S, D] in the memory of [B, S, heads, D]: what a Linear before or after reads without a copy."""
+    """[B, heads, S, D] in the order of [B, S, heads, D]: what a Linear before or after reads without a copy."""
     if like.dim() == 3:
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    batch, heads, tokens, head_dim = like.shape
-    return torch.empty((batch, tokens, heads, head_dim), dtype=like.dtype, device=like.device).transpose(1, 2)
+    _, heads, tokens, head_dim = like.shape
+    strides = tokens * heads * head_dim, head_dim, heads * head_dim, 1
+    return torch.empty_strided(like.shape, strides, dtype=like.dtype, device=like.device)
 
 
 def _with_contiguous_rows(q: Tensor) -> Tensor:
@@ -153,7 +200,7 @@ def _work_spaces(
     """Of the CUDA backward: the gradient of every factor, and the table gradient before its last, ordered sum."""
     if not table_gradient or not _needs_work_spaces(q):
         return None, None
-    queries, head_dim = q.shape[:-1].numel(), q.shape[-1]
+    queries, head_dim = math.prod(q.shape[:-1]), q.shape[-1]
     pairs = sum(a * b for a, b in zip(q_size, k_size, strict=True))
     rows_per_coordinate = queries // max(q_size)
     splits = max(1, min(64, _TABLE_BLOCKS // sum(q_size), rows_per_coordinate // _QUERIES_PER_BLOCK))
@@ -174,7 +221,7 @@ def _factor_cache(
         return None, None
     if support.backward_in_one_pass(q, q_size, k_size, num_prefix_tokens):
         return None, None
-    groups, queries = q.shape[:-2].numel(), q.shape[-2]
+    groups, queries = math.prod(q.shape[:-2]), q.shape[-2]
     lines = math.prod(k_size[:-1]) + (num_prefix_tokens > 0) + (2 if q.dtype == torch.float32 else 1)
     dtype = torch.float32 if q.dtype == torch.float32 else torch.float16
     columns = torch.empty((groups, queries, _round_up(k_size[-1], 8)), dtype=dtype, device=q.device)

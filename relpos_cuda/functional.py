@@ -136,7 +136,7 @@ def add_decomposed_rel_pos(
     tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
     _checks.check_logits(attn, q, prefix + math.prod(q_grid), prefix + math.prod(k_grid))
-    if _for_onnx():
+    if _wants_formula():
         more = _named(tables_by_axis, q) | {"num_prefix_tokens": prefix, "inplace": inplace}
         return reference.add_decomposed_rel_pos(attn, q, q_size=q_grid, k_size=k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
@@ -204,7 +204,7 @@ def rel_pos_attention(
     scale = _checks.check_scale(scale, q.shape[-1])
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
     k, v = (_checks.check_keys(name, x, q, prefix + math.prod(k_grid)) for name, x in (("k", k), ("v", v)))
-    if _for_onnx():
+    if _wants_formula():
         more = _named(tables_by_axis, q) | {"num_prefix_tokens": prefix, "scale": scale}
         return reference.rel_pos_attention(q, k, v, q_size=q_grid, k_size=k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
@@ -218,7 +218,7 @@ def _named(tables_by_axis: list[Tensor], q: Tensor) -> dict[str, Any]:
     return {"rel_pos_h": of_h, "rel_pos_w": of_w, "rel_pos_t": of_t[0] if of_t else None}
 
 
-def _for_onnx() -> bool:
-    """Exporters to ONNX know no op of ours, so they get the formula."""
-    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
-    return traced and torch.onnx.is_in_onnx_export()
+def _wants_formula() -> bool:
+    """torch.jit.trace, and exporters to ONNX: what they write down must run where no op of ours is known."""
+    traced = torch._C._get_tracing_state() is not None
+    return traced or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -135,6 +137,43 @@ def test_export(problem: Problem, strict: bool):
     torch.testing.assert_close(exported.module()(*qkv), module(*qkv))
     graphs = [m.graph for m in exported.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     assert any("attention_fwd" in str(node.target) for graph in graphs for node in graph.nodes)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_any_batch(strict: bool):
+    """With parameters that could be trained, as every module has that nobody froze."""
+    module, x = trained_module(), torch.randn(2, 6, 5, 32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(module, (x,), dynamic_shapes={"x": {0: batch}}, strict=strict).module()
+    for n in (1, 3):
+        x = torch.randn(n, 6, 5, 32)
+        torch.testing.assert_close(exported(x), module(x))
+
+
+@pytest.mark.parametrize("op", ["attention", "logits"])
+def test_torchscript_gets_the_formula(op: str, tmp_path: Path):
+    """Traced, saved, loaded where nobody knows our ops."""
+    if op == "attention":
+        function, inputs = trained_module(), (torch.randn(2, 6, 5, 32),)
+    else:
+        inputs = tuple(torch.randn(shape) for shape in [(2, 12, 12), (2, 12, 8), (5, 8), (7, 8)])
+
+        def function(*tensors: torch.Tensor) -> torch.Tensor:
+            return relpos_cuda.add_decomposed_rel_pos(*tensors, (3, 4), (3, 4))
+
+    file = str(tmp_path / "traced.pt")
+    torch.jit.trace(function, inputs).save(file)
+    loaded = torch.jit.load(file)
+    assert "relpos_cuda::" not in str(loaded.inlined_graph)
+    inputs = tuple(torch.randn_like(x) for x in inputs)
+    torch.testing.assert_close(loaded(*inputs), function(*inputs))
+
+
+def trained_module() -> relpos_cuda.RelPosAttention:
+    module = relpos_cuda.RelPosAttention(32, 4, (6, 5))
+    for table in (module.rel_pos_h, module.rel_pos_w):
+        torch.nn.init.normal_(table)
+    return module
 
 
 @pytest.mark.parametrize("some", [False, True])

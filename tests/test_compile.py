@@ -42,7 +42,7 @@ def test_compile_fullgraph(problem: Problem, backend: str, inplace: bool, real_d
 def test_compile_many_shapes(dynamic: bool | None, monkeypatch: pytest.MonkeyPatch):
     """Batch and grid change from call to call; support is asked as it is for a GPU."""
     monkeypatch.setattr(
-        support, "fused", lambda q, *grids_and_prefix: not support.is_supported(q, *grids_and_prefix[:2])
+        support, "fused", lambda q, *grids_and_prefix: not support._reason(q, *grids_and_prefix[:3], "logits", None)
     )
     torch._dynamo.reset()
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
 import relpos_cuda
 
@@ -37,6 +40,9 @@ ATTN = [
 ]
 QUERIES = [
     ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    ({"q": torch.zeros(2, 3, 20, 8).to_sparse()}, TypeError, "q must be a dense tensor, got torch.sparse_coo"),
+    ({"q": torch.zeros(2, 3, 20, 8).to_mkldnn()}, TypeError, "q must be a dense tensor, got torch._mkldnn"),
+    ({"q": torch.nested.nested_tensor([torch.zeros(20, 8)])}, TypeError, "q must be a dense tensor, got a nested one"),
     ({"q": torch.zeros(20, 8)}, ValueError, r"q must be \[B, heads, S, D\] or .*got \[20, 8\]"),
     ({"q": torch.zeros(1, 2, 3, 20, 8)}, ValueError, r"q must be \[B, heads, S, D\]"),
     ({"q": torch.zeros(2, 3, 19, 8)}, ValueError, r"q must have S = 4 \* 5 = 20 tokens, got 19"),
@@ -194,135 +200,46 @@ def test_in_place_on_a_leaf_is_refused_as_everywhere():
         relpos_cuda.add_decomposed_rel_pos(**good(attn=leaf), inplace=True)
 
 
-def test_second_derivatives_are_refused():
-    q = torch.randn(2, 3, 20, 8, requires_grad=True)
-    out = relpos_cuda.add_decomposed_rel_pos(**good(q=q, rel_pos_h=torch.randn(7, 8)))
-    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-    out = relpos_cuda.rel_pos_attention(**good_attention(q=q))
-    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
+OPS = {"add_decomposed_rel_pos": good, "rel_pos_attention": good_attention}
 
 
-# ---- direct callers of the ops get errors, never a wrong read
+def penalty(loss: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """A function of the gradient."""
+    x = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    total = gradient.square().sum()
+    total.backward()
+    return x.grad
 
 
-def op_arguments() -> dict:
-    g = good()
-    grids = (g["q_size"], g["k_size"])
-    return {
-        "out": torch.zeros_like(g["attn"]),
-        "attn": g["attn"],
-        "q": g["q"],
-        "table": relpos_cuda.tables.stack([g["rel_pos_h"], g["rel_pos_w"]], *grids),
-        "index": relpos_cuda.tables.lookup(*grids, torch.device("cpu")),
-        "q_size": grids[0],
-        "k_size": grids[1],
-        "num_prefix_tokens": 0,
-    }
+SECOND_DERIVATIVES = {
+    "penalty": penalty,
+    "hessian": torch.autograd.functional.hessian,
+    "vhp": lambda loss, x: torch.autograd.functional.vhp(loss, x, x),
+    "functorch": lambda loss, x: torch.func.grad(lambda y: torch.func.grad(loss)(y).square().sum())(x),
+}
 
 
-FORWARD = [
-    ("out", torch.zeros(2, 3, 20, 19), "out must have 2400 elements, got 2280"),
-    ("out", torch.zeros(2, 3, 20, 20).mT, "out must be contiguous"),
-    ("out", torch.zeros(2, 3, 20, 20).double(), "out is float64, q is float32|attn must be float64, got float32"),
-    ("attn", torch.zeros(2, 3, 20, 20).half(), "attn must be float32, got float16"),
-    ("q", torch.zeros(2, 3, 20, 9), r"table must be contiguous \[16, 9\]"),
-    ("q", torch.zeros(2, 3, 19, 8), "q has 19 tokens, the grid has 20"),
-    ("q", torch.zeros(2, 3, 8, 20).mT, "the last axis of q must be contiguous"),
-    ("q", torch.zeros(20, 8), r"q must be \[B, heads, S, D\] or .* got 2 dimensions"),
-    ("table", torch.zeros(16, 7), r"table must be contiguous \[16, 8\]"),
-    ("table", torch.zeros(16, 8).half(), "table is float16, q is float32"),
-    ("index", torch.zeros(10, dtype=torch.int32), "index must have 114 elements, got 10"),
-    ("index", torch.zeros(114, dtype=torch.int64), "index must be int32"),
-    ("q_size", (4, 5, 1), r"q_size and k_size must both be \(h, w\) or \(t, h, w\)"),
-    ("k_size", (0, 5), r"k_size\[0\] must be at least 1 and less than 2\^24, got 0"),
-    ("q_size", (4, 1 << 24), r"q_size\[1\] must be at least 1 and less than 2\^24, got 16777216"),
-    ("k_size", (65536, 65536), r"k_size has 2\^31 tokens or more"),
-    ("q_size", (65536, 32768), r"q_size has 2\^31 tokens or more"),
-    ("num_prefix_tokens", -1, "num_prefix_tokens is out of range: -1"),
-]
+@pytest.mark.parametrize("nonlinear", [False, True])
+@pytest.mark.parametrize("way", SECOND_DERIVATIVES)
+@pytest.mark.parametrize("of", ["q", "rel_pos_h"])
+@pytest.mark.parametrize("op", OPS)
+def test_second_derivatives_are_refused(op: str, of: str, way: str, nonlinear: bool):
+    """Not found to be zero, which is what PyTorch makes of a backward that is not recorded."""
+    arguments = {name: torch.randn_like(x) if isinstance(x, Tensor) else x for name, x in OPS[op]().items()}
+
+    def loss(x: Tensor) -> Tensor:
+        out = getattr(relpos_cuda, op)(**(arguments | {of: x}))
+        return (out.square() if nonlinear else out.sin()).sum()
+
+    torch.func.grad(loss)(arguments[of])  # the first is given
+    with pytest.raises(RuntimeError, match="relpos_cuda: second derivatives are not supported"):
+        SECOND_DERIVATIVES[way](loss, arguments[of])
 
 
-@pytest.mark.parametrize("name,value,message", FORWARD)
-def test_forward_op(name: str, value, message: str, device: str):
-    arguments = op_arguments()
-    if device == "cuda":
-        pytest.skip("the same checks, compiled once")
-    relpos_cuda._ops.logits_fwd(*arguments.values())
-    with pytest.raises(RuntimeError, match=message):
-        relpos_cuda._ops.logits_fwd(*(arguments | {name: value}).values())
-
-
-@pytest.mark.parametrize("value", [10**9, -1, 16])
-@pytest.mark.parametrize("op", ["logits_fwd", "logits_bwd", "attention_fwd"])
-def test_an_index_is_not_followed_out_of_the_table(op: str, value: int):
-    """On the CPU, where it can be looked at: a GPU trusts it."""
-    forward = op_arguments()
-    index = forward["index"].clone()
-    index[7] = value
-    shared = (forward["table"], index)
-    grids = (forward["q_size"], forward["k_size"], 0)
-    q, logits = forward["q"], forward["attn"]
-    calls = {
-        "logits_fwd": (forward["out"], logits, q, *shared, *grids),
-        "logits_bwd": (torch.empty_like(q), None, logits, q, *shared, None, None, *grids),
-        "attention_fwd": (torch.empty_like(q), None, q, q, q, *shared, *grids, 1.0),
-    }
-    with pytest.raises(RuntimeError, match=f"index must name rows 0 to 6 of the table for an axis, got .*{value}"):
-        getattr(relpos_cuda._ops, op)(*calls[op])
-
-
-def test_axes_too_long_for_the_index(device: str):
-    long = {"q": torch.zeros(1, 1, 200, 8), "q_size": (1, 200), "k_size": (1, (1 << 24) - 1)}
-    with pytest.raises(RuntimeError, match="the axes are too long for a 32-bit index"):
-        relpos_cuda._ops.logits_fwd(*(op_arguments() | long).values())
-
-
-BACKWARD = [
-    ("dq", torch.zeros(2, 3, 20, 7), "dq must have 960 elements, got 840"),
-    ("dtable", torch.zeros(16, 8).half(), "dtable must be float32, got float16"),
-    ("grad", torch.zeros(2, 3, 20, 20).mT, "grad must be contiguous"),
-    ("q", torch.zeros(2, 3, 20, 8).double(), "table is float32, q is float64"),
-]
-WORK_SPACES = [
-    ("factors", None, "dtable needs the work spaces factors and partials"),
-    ("factors", torch.zeros(120, 8), "factors must have 1080 elements, got 960"),
-    ("partials", torch.zeros(2, 40, 8), r"partials must be \[splits, 41, 8\]"),
-    ("partials", torch.zeros(2, 41, 8).double(), "partials must be float32, got float64"),
-]
-
-
-@pytest.mark.parametrize("name,value,message", [*BACKWARD, *WORK_SPACES])
-def test_backward_op(name: str, value, message: str, device: str, request: pytest.FixtureRequest):
-    forward = op_arguments()
-    emulated = "emulated" in request.node.name
-    if device == "cuda" or (name in ("factors", "partials") and not emulated):
-        pytest.skip("covered by the emulated GPU, the only one with work spaces here")
-    arguments = {
-        "dq": torch.zeros_like(forward["q"]),
-        "dtable": torch.zeros_like(forward["table"]),
-        "grad": forward["attn"],
-        "q": forward["q"],
-        "table": forward["table"],
-        "index": forward["index"],
-        "factors": torch.zeros(120, 9),
-        "partials": torch.zeros(2, 41, 8),
-        "q_size": forward["q_size"],
-        "k_size": forward["k_size"],
-        "num_prefix_tokens": 0,
-    }
-    relpos_cuda._ops.logits_bwd(*arguments.values())
-    with pytest.raises(RuntimeError, match=message):
-        relpos_cuda._ops.logits_bwd(*(arguments | {name: value}).values())
-
-
-def test_misaligned_table(device: str, request: pytest.FixtureRequest):
-    if "emulated" not in request.node.name:
-        pytest.skip("a check of the CUDA launcher")
-    arguments = op_arguments()
-    shifted = torch.zeros(16 * 8 + 1)[1:].view(16, 8)
-    with pytest.raises(RuntimeError, match="table must start at a multiple of 16 bytes"):
-        relpos_cuda._ops.logits_fwd(*(arguments | {"table": shifted}).values())
+def test_gradients_that_are_recorded_are_the_same():
+    arguments = {name: torch.randn_like(x) if isinstance(x, Tensor) else x for name, x in good_attention().items()}
+    q = arguments["q"].requires_grad_()
+    out = relpos_cuda.rel_pos_attention(**arguments).sin().sum()
+    plain, recorded = (torch.autograd.grad(out, q, retain_graph=True, create_graph=create)[0] for create in (0, 1))
+    assert torch.equal(plain, recorded) and recorded.requires_grad and not plain.requires_grad

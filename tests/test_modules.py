@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import relpos_cuda
+from checks import assert_close_as_eager
 from stock import filled
 
 pytest.importorskip("transformers")
@@ -37,10 +38,15 @@ def test_every_parameter_learns_and_the_module_moves():
     assert {n for n, p in ours.named_parameters() if p.grad is not None} == {
         "qkv.weight", "proj.weight", "proj.bias", "rel_pos_h", "rel_pos_w",
     }  # fmt: skip
-    half = copy.deepcopy(ours).to(torch.bfloat16)
-    torch.testing.assert_close(half(x.bfloat16()).float(), ours(x), rtol=0.05, atol=0.05)
     assert "num_heads=2, tables for 5 x 5" in repr(ours)
     assert relpos_cuda.RelPosAttention(8, 1, (2, 3), device="meta", dtype=torch.half).rel_pos_w.shape == (5, 8)
+
+
+def test_it_moves_to_another_dtype(monkeypatch: pytest.MonkeyPatch):
+    ours, x = module().to(torch.bfloat16), torch.randn(2, 4, 6, 32).bfloat16()
+    exact, got = copy.deepcopy(ours).double()(x.double()), ours(x)
+    monkeypatch.setattr(relpos_cuda.modules, "rel_pos_attention", relpos_cuda.reference.rel_pos_attention)
+    assert_close_as_eager(got, ours(x), exact, "out")
 
 
 def test_tables_start_at_zero():

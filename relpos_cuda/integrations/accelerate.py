@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..modules import RelPosAttention
 from .adapters import Adapter, adapter_of, is_ours
 
 FUSED = "fused"
@@ -77,6 +78,8 @@ def accelerate(model: nn.Module) -> Report:
         if adapter := adapter_of(module):
             kind = type(module).__name__
             found.append(Finding(name, kind, adapter.library, put_on(module, adapter) or ""))
+        elif isinstance(module, RelPosAttention):
+            found.append(Finding(name, type(module).__name__, "relpos_cuda", "fused as it is"))
         elif has_tables(module):
             found.append(Finding(name, type(module).__name__, "", "its class is not known"))
     return Report(tuple(found))
