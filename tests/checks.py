@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +31,7 @@ def assert_close_as_eager(got: Tensor, rival: Tensor, exact: Tensor, name: str) 
     assert got.dtype == rival.dtype, f"{name} is {got.dtype}, not {rival.dtype}"
     one_rounding = torch.finfo(got.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
     allowed = 2 * miss(rival, exact) + one_rounding
+    assert math.isfinite(allowed), f"{name} cannot be judged: eager, or the truth, is not finite"
     assert miss(got, exact) <= allowed, f"{name} is off by {miss(got, exact):.1e}, allowed {allowed:.1e}"
 
 

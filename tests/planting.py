@@ -50,7 +50,7 @@ SLIPS = [
     ("logits_fwd.cuh", "n -= p.shape.prefix", "n"),
     ("logits_fwd.cuh", "++j == keys_w", "++j > keys_w"),
     ("logits_fwd.cuh", "vectors * V + threadIdx.x", "elements"),
-    ("logits_bwd.cuh", "begin % V", "0"),
+    ("tile/row_sums.cuh", "begin % V", "0"),
     ("table_grad.cuh", "queries * (blockIdx.y + 1) / p.splits", "queries"),
     ("table_grad.cuh", "p.shape.prefix + (above * axis.queries + block.c) * inner + below", "below"),
     ("tile/long_sum.cuh", "(next - sum) - missing", "0.f"),

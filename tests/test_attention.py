@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,8 +13,10 @@ from checks import assert_close_as_eager, assert_exact_as_float64, assert_vanish
 from conftest import use_device, use_pytorch
 from problems import (
     ATTENTION_NAMES,
+    EXTREMES,
     MODELS,
     TINY,
+    AttentionInputs,
     Problem,
     call_attention,
     draw_attention,
@@ -116,21 +119,11 @@ def test_lse(device: str):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_large_bias(dtype: torch.dtype, device: str):
-    """Standard deviation 8: rows of the softmax are nearly one-hot."""
-    problem = same("large_bias", 8, 9, 32)
+@pytest.mark.parametrize("extreme,grid", zip(EXTREMES, [(8, 9), (6, 7), (8, 9)], strict=True))
+def test_extremes(extreme: Callable[[AttentionInputs], None], grid: tuple[int, int], dtype: torch.dtype, device: str):
+    problem = with_enough_numbers(same("extreme", *grid, 16))
     inputs = draw_attention(problem, dtype)
-    for table in inputs.tensors[3:]:
-        table *= 8
-    compare_attention(problem, inputs, dtype, device)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-def test_one_huge_logit(dtype: torch.dtype, device: str):
-    problem = with_enough_numbers(same("huge", 6, 7, 16))
-    inputs = draw_attention(problem, dtype)
-    inputs.tensors[0][0, 0, 5] *= 64
-    inputs.tensors[1][0, 0, 11] *= 64
+    extreme(inputs)
     compare_attention(problem, inputs, dtype, device)
 
 

@@ -9,7 +9,7 @@ import torch
 
 import emulator
 import relpos_cuda
-from checks import compare_attention, cuda_kernels
+from checks import assert_close_as_eager, compare_attention, cuda_kernels
 from conftest import use_device
 from problems import ATTENTION_NAMES, EXTREMES, Problem, call_attention, draw_attention, run_attention, same
 from relpos_cuda import _loader, _ops, support
@@ -46,7 +46,7 @@ NO_WINDOWS = [  # small lines, all the same
     same("dim_112", 3, 5, 112),
 ]
 SMALL = [p for p in WINDOWS if p.rows < 100 and p.head_dim <= 64]
-ours = relpos_cuda.rel_pos_attention
+ours, eager = relpos_cuda.rel_pos_attention, relpos_cuda.reference.rel_pos_attention
 
 
 @pytest.fixture(params=["emulated", "cuda"])
@@ -132,11 +132,11 @@ def test_one_kernel_is_not_asked_for_less_than_it_makes(wanted: list[int], devic
     leaves = inputs.leaves(torch.bfloat16, device)
     for i, leaf in enumerate(leaves):
         leaf.requires_grad_(i in wanted)
-    exact = run_attention(ours, problem, inputs, torch.float64)[1:]
+    exact, rival = (run_attention(eager, problem, inputs, dtype)[1:] for dtype in (torch.float64, torch.bfloat16))
     out = call_attention(ours, problem, leaves)
     got = torch.autograd.grad(out, [leaves[i] for i in wanted], inputs.grad.to(device, torch.bfloat16))
     for g, i in zip(got, wanted, strict=True):
-        torch.testing.assert_close(g.cpu().double(), exact[i], rtol=2**-5, atol=2**-4)
+        assert_close_as_eager(g, rival[i], exact[i], ATTENTION_NAMES[1 + i])
 
 
 @HALVES

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import relpos_cuda
+from checks import assert_close_as_eager
 from problems import MODELS, TINY, Problem, call, draw, run, same
 from relpos_cuda import reference
 from test_logits import compare
@@ -83,8 +84,10 @@ def test_more_logits_than_int32_counts():
     tables = [torch.randn(2 * n - 1, head_dim, generator=generator).bfloat16() for n in grid]
     attn = torch.zeros(1, tokens, tokens, dtype=torch.bfloat16)
     ours(attn, q, *tables, grid, grid, inplace=True)
-    factors = reference.decomposed_rel_pos(q.double(), *(t.double() for t in tables), grid, grid)
+    exact, rival = (
+        reference.decomposed_rel_pos(q.to(dtype), *(t.to(dtype) for t in tables), grid, grid)
+        for dtype in (torch.float64, torch.bfloat16)
+    )
     for row in (0, 1, tokens // 2, tokens - 1):
-        rel_h, rel_w = (f[0, row] for f in factors)
-        exact = (rel_h[:, None] + rel_w).flatten()
-        torch.testing.assert_close(attn[0, row].double(), exact, rtol=2**-8, atol=2**-8)
+        e, r = ((rel_h[0, row, :, None] + rel_w[0, row]).flatten() for rel_h, rel_w in (exact, rival))
+        assert_close_as_eager(attn[0, row], r, e, f"row {row}")

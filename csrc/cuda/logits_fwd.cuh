@@ -12,8 +12,7 @@
 //
 //   grid     (ceil(rows / block_rows)): rows of all groups, one after another.
 //   thread   its share of the factors, then every 256th vector of the slab, or every 32nd of every 8th row, whose
-//   columns
-//            are always the same; kUnroll loads in flight.
+//            columns are always the same; kUnroll loads in flight.
 //   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, q [block_rows, q_ld].
 //   barriers rows are located; ranges, q and zeros are there; factors are complete.
 #pragma once

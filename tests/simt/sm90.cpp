@@ -1,11 +1,9 @@
 // sm90.cpp - the books of sm90.h: who waits at which barrier, what is on its way.
 //
-// It throws simt::Error, with the kernel's source line, for
-//   * an mbarrier used before it is initialised or, by TMA, before a fence; arrivals and bytes it did not expect;
-//   * a copy to a misaligned place or out of shared memory, and one that nobody waited for;
-//   * wgmma by less than a warpgroup or without wgmma_fence, a matrix out of shared memory or off its swizzle,
-//     accumulators touched before wgmma_wait, and an exit before it;
-//   * a named barrier with an id, a number of threads, or a part of a warp that it cannot have.
+// It throws simt::Error, with the kernel's source line, for an mbarrier used before it is initialised or, by TMA,
+// before a fence; arrivals and bytes it did not expect; a copy to a misaligned place, out of shared memory, or not
+// waited for; wgmma by less than a warpgroup or without wgmma_fence, a matrix out of shared memory or off its swizzle,
+// accumulators touched before wgmma_wait; a named barrier with an id, threads, or a part of a warp that it cannot have.
 #include "sm90.h"
 
 #include <algorithm>
@@ -92,10 +90,7 @@ void deliver(Transfer& t) {
   const Identity& engine = next_engine();
   const Identity seen = async_proxy ? engine.of_both_proxies() : engine;
   engine.act([&] {
-    if (async_proxy)
-      t.order.acquire_async();
-    else
-      t.order.acquire(engine);
+    async_proxy ? t.order.acquire_async() : t.order.acquire(engine);
     t.copy();
     t.bar->order[t.bar->phase % 2].release(seen);
   });
