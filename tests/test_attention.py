@@ -127,6 +127,22 @@ def test_extremes(extreme: Callable[[AttentionInputs], None], grid: tuple[int, i
     compare_attention(problem, inputs, dtype, device)
 
 
+@pytest.mark.parametrize("grid", [(14, 14), (5, 40), (9, 20)], ids=str)
+def test_bias_beyond_float16(grid: tuple[int, int], device: str):
+    """Lines of keys so far below the largest that half precision has no number for them, the first among them.
+
+    All weight is on one key, or two: the output is a value. Eager, in half precision, often takes another's.
+    """
+    problem = same("far", *grid, 16, batch=2)
+    inputs = draw_attention(problem, torch.bfloat16)
+    inputs.tensors[0] = (1e4 * inputs.tensors[0]).bfloat16().double()
+    exact = call_attention(eager, problem, inputs.tensors)
+    rival, got = (call_attention(f, problem, inputs.leaves(torch.bfloat16, device)) for f in (eager, ours))
+    of_rival, of_ours = ((t.detach().cpu().double() - exact).abs() for t in (rival, got))
+    assert got.isfinite().all()
+    assert (of_ours > 0.1).sum() <= (of_rival > 0.1).sum() and of_ours.mean() <= of_rival.mean()
+
+
 def test_logits_beyond_float16(device: str):
     """They overflow in eager half precision; in float32 sums they do not."""
     problem = same("beyond", 4, 5, 16)

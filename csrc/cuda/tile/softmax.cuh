@@ -8,6 +8,7 @@
 namespace relpos {
 
 constexpr float kMayGrow = 8.f;
+constexpr float kNoneYet = -1e30f;  // below every score but -inf, from which it can be subtracted
 
 // STRIPS of 16 queries, PART blocks of 8 keys at a time.
 template <typename T, int D, int STRIPS, int PART, bool ONE_LINE>
@@ -18,7 +19,7 @@ struct OnlineSoftmax {
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
-    for (int s = 0; s < STRIPS; ++s) reference[s][0] = reference[s][1] = -INFINITY;
+    for (int s = 0; s < STRIPS; ++s) reference[s][0] = reference[s][1] = kNoneYet;
   }
 
   // Scores, and what their lines add; leaves weights in their place, which are to be added to `out`.
