@@ -9,7 +9,7 @@ compiler: tracing, export and meta tensors work on any machine.
     attention_bwd   dq, dk, dv, dtable = gradients            any may be None
 
 q, out and their gradients are [B, heads, M, D] or [G, M, D], k and v likewise with N tokens; of any strides, the last
-axis contiguous. lse is float32, as dtable is.
+axis contiguous, but for dq of logits_bwd, which is contiguous. lse has the dtype of dtable.
 
 ``table`` holds the rows of all axes, ``index`` says which row a pair of coordinates uses (csrc/shapes.h).
 """
