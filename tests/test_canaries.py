@@ -62,8 +62,8 @@ SILENT = (SOON if EVERYTHING else SANITIZED) | {
 }
 LATER = {
     "test_logits.py": "random or strides or tiny and (longer or one_row)",
-    "test_attention.py": "large_bias or huge or whole_table or strides or scale or saved "
-    f"or tiny and ({SMALL} or axes or fewer)",
+    "test_attention.py": f"large_bias or huge or whole_table or scale or saved or tiny and ({SMALL} or axes or fewer)",
+    "test_attention_layouts.py": "strides",
     "test_attention_window.py": f"extremes or packed or {WINDOWS} or 13x13",
     "test_attention_sm90.py": f"extremes or layouts or other or {OF_SM90}",
 }
