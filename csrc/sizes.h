@@ -24,12 +24,11 @@ inline bool fits(const std::vector<int64_t>& grid, int64_t prefix) {
 // What is wrong with the sizes of a problem, or nothing.
 inline std::string fault_of(const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size, int64_t head_dim,
                             int64_t prefix) {
-  const std::pair<const char*, const std::vector<int64_t>&> grids[] = {{"q_size", q_size}, {"k_size", k_size}};
-  for (const auto& [name, grid] : grids)
-    if (grid.size() != q_size.size() || (grid.size() != 2 && grid.size() != 3))
-      return "q_size and k_size must both be (h, w) or (t, h, w)";
+  if (q_size.size() != k_size.size() || (q_size.size() != 2 && q_size.size() != 3))
+    return "q_size and k_size must both be (h, w) or (t, h, w)";
   if (head_dim < 1 || head_dim >= kAxisEnd) return "the head dimension is out of range: " + std::to_string(head_dim);
   if (prefix < 0 || prefix >= kAxisEnd) return "num_prefix_tokens is out of range: " + std::to_string(prefix);
+  const std::pair<const char*, const std::vector<int64_t>&> grids[] = {{"q_size", q_size}, {"k_size", k_size}};
   for (const auto& [name, grid] : grids) {
     for (size_t a = 0; a < grid.size(); ++a)
       if (grid[a] < 1 || grid[a] >= kAxisEnd)

@@ -51,14 +51,12 @@ def logits_fwd(
         shape[axis] = k_size[axis]
         bias.append(factor.flatten(1, -2).unflatten(-1, shape))
     wide = accumulation_dtype(q)
-    everything = slice(None), slice(None)
-    for chunk in [everything] if logits.dtype == wide else _chunks(logits, wide):
+    for chunk in _chunks(logits, wide):
         part = logits[chunk]
-        total = part.to(wide)
+        total = part.to(wide)  # itself, where it is wide
         for factor in bias:
             total += factor[chunk]
-        if total is not part:
-            part.copy_(total)
+        part.copy_(total)
 
 
 @outside_autocast

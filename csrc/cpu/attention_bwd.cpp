@@ -66,17 +66,17 @@ struct BackwardScratch : AttentionScratch<E> {
         grad_across(p.room(p.d_padded * kStrip)) {}
 };
 
-// lse and delta of a strip; grad, one query per lane.
+// lse and delta of a strip, which a block of all keys has no use for; grad, one query per lane.
 template <typename E, typename C = Sum<E>>
 void load_statistics(const Backward<E>& p, const QueryTile& tile, int64_t first, int64_t count,
                      const BackwardScratch<E>& mine) {
   const Shape& s = p.shape;
   const E* rows = mine.grad_rows.get() + first * p.e_padded();
   C *room = mine.grad_and_out.get(), *out = room + p.d_padded;
-  for (int64_t i = 0; i < count; ++i) {
+  const bool whole = KeyBlocks(s.N()).count == 1;
+  for (int64_t i = 0; i < count && !whole; ++i) {
     const int64_t token = tile.token(p, first + i);
     mine.lse.get()[i] = p.lse[tile.group * s.M() + token];
-    if (KeyBlocks(s.N()).count == 1) continue;  // then delta is the block's own
     const C* grad = p.numbers(rows + i * p.e_padded(), 1, room);
     p.run.load(out, p.out.at(s, tile.group, token), p.out.dtype, s.D);
     double sum = 0;
