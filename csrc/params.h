@@ -25,6 +25,19 @@ struct FastDiv {
   }
 };
 
+// Where queries lie on their grid.
+struct QueryGrid {
+  FastDiv by_w, by_h;
+
+  QueryGrid() = default;
+  explicit QueryGrid(const Shape& s) : by_w(s.axis[kW].queries), by_h(s.axis[kH].queries) {}
+  // Of a query, counted without class tokens; -1 below 0.
+  RELPOS_HD void locate(int token, int (&coordinate)[kAxes]) const {
+    coordinate[kT] = coordinate[kH] = coordinate[kW] = -1;
+    if (token >= 0) coordinate[kT] = by_h.divide(by_w.divide(token, coordinate[kW]), coordinate[kH]);
+  }
+};
+
 template <typename Data>
 struct TokenRows {  // [batch, heads, tokens, D], strides in elements
   Data data = nullptr;
@@ -38,6 +51,8 @@ struct LogitsParams {
   InRows q;
   const void* table = nullptr;     // [table rows, D], dtype of q
   const int32_t* index = nullptr;  // csrc/shapes.h
+  QueryGrid grid;
+  FastDiv by_m, by_heads, by_q_vectors;  // the last: of 16 bytes in a row of q in shared memory
   int block_rows = 0, factor_ld = 0, q_ld = 0;
   bool whole_vectors = false;       // logits may be read and written 16 bytes at a time
   bool whole_vectors_of_q = false;  // the same of q
@@ -48,6 +63,8 @@ struct LogitsFwdParams : LogitsParams {
   const void* logits = nullptr;  // [rows, N]; may be `out`
   void* out = nullptr;
   FastDiv by_n, by_keys_w, by_keys_h;
+  bool in_two_lines =
+      false;  // 16 bytes of logits lie in two image rows of keys at most, and no class token is among them
 };
 
 struct LogitsBwdParams : LogitsParams {
@@ -78,6 +95,7 @@ struct AttentionParams {
   InRows q, k, v;
   const void* table = nullptr;     // [table rows, D], dtype of q
   const int32_t* index = nullptr;  // csrc/shapes.h
+  QueryGrid grid;
   KeyTiling keys;
   int block_rows = 0;  // queries of a block
   float scale = 1.f, inverse_scale = 1.f;

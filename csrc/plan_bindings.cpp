@@ -5,6 +5,7 @@
 #include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "plan.h"
@@ -39,6 +40,15 @@ Shape shape_of(int64_t groups, const std::vector<int64_t>& q_size, const std::ve
   s.D = head_dim;
   s.prefix = num_prefix_tokens;
   return s;
+}
+
+// Of every axis: k_shift, origin, origin_step.
+std::vector<std::tuple<int, int, int>> origins(const std::vector<int64_t>& q_size, const std::vector<int64_t>& k_size) {
+  const Shape s = shape_of(1, q_size, k_size, 8, 0);
+  std::vector<std::tuple<int, int, int>> found;
+  for (const Axis& axis : s.axis)
+    if (axis.rows) found.emplace_back(axis.k_shift, axis.origin, axis.origin_step);
+  return found;
 }
 
 NamedPlan logits(const std::string& direction, const std::string& dtype, int64_t groups,
@@ -88,6 +98,7 @@ PYBIND11_MODULE(_plan, m) {
       .def_readonly("threads", &NamedPlan::threads)
       .def_readonly("shared_bytes", &NamedPlan::shared_bytes)
       .def_readonly("grid", &NamedPlan::grid);
+  m.def("origins", &relpos::origins, py::arg("q_size"), py::arg("k_size"));
   m.def("plan_logits", &relpos::logits, py::arg("direction"), py::arg("dtype"), py::arg("groups"), py::arg("q_size"),
         py::arg("k_size"), py::arg("head_dim"), py::arg("num_prefix_tokens"), py::arg("arch"));
   m.def("plan_attention", &relpos::attention, py::arg("kernel"), py::arg("dtype"), py::arg("groups"), py::arg("q_size"),

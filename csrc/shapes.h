@@ -7,7 +7,13 @@
 //     index[axis.index + c * axis.keys + i]     row of the table for query coordinate c, key coordinate i
 //     index[axis.inverse + c * axis.rows + l]   key coordinate that uses row axis.first_row + l, or -1
 //
-//   An axis without a table has rows == 0 and one coordinate on each side.
+//   An axis without a table has rows == 0 and one coordinate on each side. Kernels know query coordinate c of an axis
+//   by its origin, axis.origin + c * axis.origin_step. Where the keys' grid is as fine as that of the queries, or a
+//   multiple, or coarser by a power of two, table rows are a progression, and nothing need be looked up:
+//
+//     row of key i       origin - (i << axis.k_shift)
+//
+//   Elsewhere k_shift is negative, and it is where the key that uses row l is found: index[origin + l].
 #pragma once
 #include <cstdint>
 
@@ -32,11 +38,12 @@ RELPOS_HD constexpr I round_up(I a, I b) {
 }
 
 struct Axis {
-  int queries = 1, keys = 1;       // grid sizes
-  int rows = 0;                    // table rows of this axis: 2 * max(queries, keys) - 1, or 0
-  int first_row = 0;               // where they start in the table
-  int64_t index = 0, inverse = 0;  // where its two lookups start in `index`
-  int factor = 0;                  // where its keys start in a row of factors [t | h | w]
+  int queries = 1, keys = 1;                      // grid sizes
+  int rows = 0;                                   // table rows of this axis: 2 * max(queries, keys) - 1, or 0
+  int first_row = 0;                              // where they start in the table
+  int64_t index = 0, inverse = 0;                 // where its two lookups start in `index`
+  int factor = 0;                                 // where its keys start in a row of factors [t | h | w]
+  int k_shift = -1, origin = 0, origin_step = 0;  // see above
 
   RELPOS_HD int factors() const { return rows ? keys : 0; }
 };
@@ -60,6 +67,24 @@ struct Shape {
   RELPOS_HD int factors() const { return axis[kT].factors() + axis[kH].factors() + axis[kW].factors(); }
 };
 
+// All that it needs is known but this.
+inline void set_origin(Axis& axis) {
+  const int q = axis.queries, k = axis.keys, ratio = q / k;
+  if (k % q == 0) {
+    axis.k_shift = 0;
+    axis.origin_step = k / q;
+  } else if (q % k == 0 && (ratio & (ratio - 1)) == 0) {
+    for (axis.k_shift = 0; 1 << axis.k_shift < ratio;) ++axis.k_shift;
+    axis.origin_step = 1;
+  }
+  if (axis.k_shift >= 0) {
+    axis.origin = axis.first_row + ((k - 1) << axis.k_shift);
+  } else {
+    axis.origin = static_cast<int>(axis.inverse) - axis.first_row;
+    axis.origin_step = axis.rows;
+  }
+}
+
 // Fills in everything that follows from the grid sizes; `axes` is 2 (h, w) or 3 (t, h, w).
 inline void set_grid(Shape& s, const int64_t* q_size, const int64_t* k_size, int axes) {
   int first_row = 0, factor = 0;
@@ -78,6 +103,7 @@ inline void set_grid(Shape& s, const int64_t* q_size, const int64_t* k_size, int
   }
   for (int a = kAxes - axes; a < kAxes; ++a) {
     s.axis[a].inverse = offset;
+    set_origin(s.axis[a]);
     offset += static_cast<int64_t>(s.axis[a].queries) * s.axis[a].rows;
   }
 }

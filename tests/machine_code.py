@@ -102,8 +102,15 @@ class Kernel:
 
     @property
     def loads_matrices(self) -> bool:
-        """float32 is split into parts on its way from shared memory."""
-        return self.tensor_cores and not (self.attention and " float32" in str(self))
+        """float32 is split into parts on its way from shared memory, and the logits op asks for q pair by pair."""
+        if self.attention:
+            return " float32" not in str(self)
+        return self.tensor_cores and not str(self).startswith("logits_fwd")
+
+    @property
+    def finds_factors(self) -> bool:
+        """On tensor cores."""
+        return self.tensor_cores and not re.match("attention_bwd_keys|logits_bwd|table", str(self))
 
     @property
     def vector(self) -> int:

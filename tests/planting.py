@@ -41,10 +41,13 @@ LEFT_OUT = "left out"
 # (file below csrc/cuda, a whole operand of the real code, what a slip would make of it)
 SLIPS = [
     ("tile/bias.cuh", "min(l, high)", "l"),
-    ("tile/rows.cuh", "static_cast<int>(row - group * s.M())", "static_cast<int>(row)"),
-    ("tile/rows.cuh", "m - s.prefix", "m"),
-    ("tile/rows.cuh", "group % s.heads * q.head", "group * q.head"),
-    ("tile/rows.cuh", "low * keys + keys - 1", "low * keys"),
+    ("tile/rows.cuh", "m - p.shape.prefix", "m"),
+    ("tile/rows.cuh", "batch * p.q.batch", "group * p.q.batch"),
+    ("tile/rows.cuh", "head * p.q.head", "0"),
+    ("tile/rows.cuh", "s.axis[a].keys - 1", "0"),
+    ("tile/rows.cuh", "c * axis.origin_step", "c"),
+    ("tile/rows.cuh", "__funnelshift_r(down, down, axis.k_shift)", "down >> axis.k_shift"),
+    ("tile/row_steps.cuh", "step % 2 * 4", "0"),
     ("tile/mma.cuh", "from_float<T>(x - to_float(high))", "from_float<T>(0.f)"),
     ("tile/mma.cuh", "lane / 4 + e / 2 * 8", "lane / 4"),
     ("logits_fwd.cuh", "n -= p.shape.prefix", "n"),

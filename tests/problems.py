@@ -83,7 +83,7 @@ TINY = [
     same("wide_dim_136", 4, 6, 136),
     same("wide_dim_130", 4, 6, 130),
     same("two_class_tokens", 4, 5, 24, batch=2, prefix=2),
-    same("class_tokens_fill_a_tile", 2, 3, 8, prefix=70),
+    Problem("class_tokens_fill_a_tile", (2, 3), (3, 2), 8, prefix=70),
     same("interpolated", 10, 6, 16, table=27),
     Problem("keys_fewer", (8, 6), (4, 3), 16),
     Problem("keys_more", (3, 4), (6, 8), 40, prefix=1),
@@ -91,7 +91,7 @@ TINY = [
     Problem("axes_disagree", (8, 2), (2, 8), 24, batch=2),
     Problem("video", (2, 4, 3), (2, 2, 3), 24, batch=2),
     Problem("video_lanes", (2, 3, 2), (2, 2, 128), 8, heads=1),
-    Problem("video_cls_interpolated", (3, 4, 4), (2, 4, 4), 16, prefix=1, table=9),
+    Problem("video_cls_interpolated", (3, 4, 4), (2, 4, 4), 16, prefix=17, table=9),
 ]
 
 

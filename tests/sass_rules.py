@@ -22,10 +22,13 @@ def faults_of_memory(k: Kernel) -> Iterator[str]:
 def faults_of_widths(k: Kernel) -> Iterator[str]:
     if found := [opcode for opcode in k.roots("LDG", "STG") if ".U8" in opcode]:
         yield f"accesses to global memory by bytes: {len(found)}"
+    rows = [i for i in k.code if re.fullmatch(r"LDG\..*\.128", i.opcode) and not i.streams_in]
+    if k.finds_factors and len(rows) < 4:
+        yield f"table rows by 16 bytes: {len(rows)}"
 
 
 def faults_of_tensor_cores(k: Kernel) -> Iterator[str]:
-    by_warps = k.tensor_cores and not str(k).startswith("attention_bwd_keys_sm90")  # which has no factors to find
+    by_warps = k.finds_factors or (k.tensor_cores and "_sm90 " not in str(k))  # else by warpgroups alone
     for root, wanted in (("HMMA", by_warps), ("LDSM", k.loads_matrices)):
         if bool(k.roots(root)) != wanted:
             yield f"{len(k.roots(root))} {root}"

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import relpos_cuda
 from problems import MODELS
-from relpos_cuda import _loader
+from relpos_cuda import _loader, tables
 
 PER_BLOCK = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB of shared memory
 
@@ -245,6 +245,31 @@ def test_attention_refuses_what_it_cannot_divide_by():
 def test_attention_refuses_an_unknown_kernel():
     with pytest.raises(ValueError, match="kernel must be"):
         _loader.plan().plan_attention("sideways", "float32", 1, (2, 2), (2, 2), 8, 0, 80, 1.0)
+
+
+def test_origins_say_what_the_index_says():
+    """csrc/shapes.h; for pairs of axes, so that each is once the second."""
+    planner = _loader.plan()
+    lengths = (1, 2, 3, 4, 5, 7, 8, 12, 14, 28, 31, 56, 64, 127, 128)
+    looked_up = set()
+    for q, k in itertools.product(lengths, lengths):
+        q_size, k_size = (q, 9), (k, 4)
+        for sizes in ((q_size, k_size), (q_size[::-1], k_size[::-1])):
+            lookup = tables.host_lookup(*sizes)
+            assert lookup.one_to_one
+            start = 0
+            for q_axis, k_axis, (k_shift, origin, origin_step) in zip(*sizes, planner.origins(*sizes), strict=True):
+                index = lookup.values[start : start + q_axis * k_axis].view(q_axis, k_axis).long()
+                origins = origin + origin_step * torch.arange(q_axis)[:, None]
+                keys = torch.arange(k_axis)
+                if k_shift >= 0:
+                    assert torch.equal(index, origins - (keys << k_shift)), (q_axis, k_axis)
+                else:
+                    looked_up.add((q_axis, k_axis))
+                    assert torch.equal(lookup.values[origins + index].long(), keys.expand(q_axis, k_axis))
+                start += q_axis * k_axis
+    assert {(9, 4), (14, 3), (12, 4), (3, 2)} <= looked_up
+    assert not {(64, 64), (56, 14), (14, 28), (128, 1), (1, 127)} & looked_up
 
 
 def test_cpu_tensors_are_always_supported():

@@ -70,6 +70,10 @@ WARPGROUP = """
 		Function : _ZN6relpos25attention_fwd_sm90_kernelI6__halfLi64ELi8ELb1EEEvNS_21AttentionFwdSm90ParamsE
         /*0000*/                   LDGSTS.E.128 [R1], [R2.64] ;
         /*0010*/                   UTMALDG.5D [UR8], [UR4] ;
+        /*0012*/                   LDG.E.128 R4, [R2.64] ;
+        /*0014*/                   LDG.E.128 R8, [R2.64+0x40] ;
+        /*0016*/              @!P0 LDG.E.128 R12, [R2.64+0x80] ;
+        /*0018*/                   LDG.E.128 R16, [R2.64+0xc0] ;
         /*0020*/                   HMMA.16816.F32 R4, R4, R8, R4 ;
         /*0030*/                   LDSM.16.M88.4 R88, [R37] ;
         /*0040*/                   HGMMA.64x64x16.F32 R24, R88, gdesc[UR8], R24, gsb0 ;
@@ -97,6 +101,7 @@ WARPGROUP = """
         ({"PACK_AB R93": "PACK_AB R97"}, "at 0xc0 may come from ['F2FP.F16.F32.PACK_AB', 'nothing']"),
         ({"LDSM.16.M88.4 R88": "@P2 LDSM.16.M88.4 R90"}, "at 0x40 may come from ['LDSM.16.M88.4', 'nothing']"),
         ({"UTMALDG.5D [UR8], [UR4]": "NOP"}, "0 UTMALDG"),
+        ({"LDG.E.128 R8": "LDG.E.64 R8"}, "table rows by 16 bytes: 3"),
         ({"0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0": "0048*/ NOP"}, "PACK_AB at 0x80 does not wait for"),
         ({"0048*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0": "0048*/ MOV R91, R1"}, "MOV at 0x48 does not wait"),
         (

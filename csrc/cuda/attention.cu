@@ -57,6 +57,7 @@ void fill(AttentionParams& p, const Shape& s, const Tensor& q, const Tensor& k, 
   check_table_alignment(table);
   p.table = table.const_data_ptr();
   p.index = index.const_data_ptr<int32_t>();
+  p.grid = QueryGrid(s);
   constexpr double kLog2e = 1.4426950408889634;
   p.scale = static_cast<float>(scale);
   p.inverse_scale = static_cast<float>(1 / scale);

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
   copy_tokens(q(), p.block_rows, p, block, p.q, block.first, block.count);
   copy_tokens(grad(), p.block_rows, p, block, p.grad, block.first, block.count);
   cp_async_commit();
-  locate_queries(p.shape, block, p.block_rows, rows);
+  locate_queries(p, block, p.block_rows, rows);
   for (int i = threadIdx.x; i < p.keys.padded_lines * dlines.ld; i += blockDim.x) dlines.data[i] = 0.f;
   cp_async_wait<0>();
   __syncthreads();
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
     mine.end_tile(span, tile, dlines);
   };
   keys.for_each_tile(p, block, span, begin_and_write, absorb_tile, end_span);
-  mine.end(dlines, table_rows(), q());
+  mine.end(dlines, stage(), table_rows(), q());
 }
 
 }  // namespace relpos

@@ -94,7 +94,7 @@ struct AttentionBwdQueriesSm90 {
       named_barrier_sync(1, kSm90Warps * 32);
       mine.end_span(span_of(p, static_cast<int>(afresh(i))), stage, table_rows);  // afresh: not kept through the loop
     }
-    mine.end(dlines, table_rows, q);
+    mine.end(dlines, stage, table_rows, q);
   }
 };
 
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   copy_tokens(q, kSm90Rows, p, work.block, p.q, work.block.first, work.block.count);
   copy_tokens(grad, kSm90Rows, p, work.block, p.grad, work.block.first, work.block.count);
   cp_async_commit();
-  locate_queries(p.shape, work.block, kSm90Rows, rows);
+  locate_queries(p, work.block, kSm90Rows, rows);
   for (int i = threadIdx.x; i < p.keys.padded_lines * dlines.ld; i += kSm90Threads) dlines.data[i] = 0.f;
   cp_async_wait<0>();
   __syncthreads();

@@ -119,7 +119,7 @@ struct WindowStrip {
   __device__ __forceinline__ void fill() const {
     const int lane = threadIdx.x % 32, row = first + lane % 16, part = lane / 16;
     copy(tiles.q, p.q);
-    if (lane < 16) tiles.rows[row] = locate_query(p.shape, place, row);
+    if (lane < 16) tiles.rows[row] = locate_query(p, place, row);
     const float delta = find_delta<T>(p, place, first);
     if (lane % 2 == 0) tiles.statistics[first + lane / 2] = delta;
     cp_async_wait<0>();
@@ -127,9 +127,11 @@ struct WindowStrip {
     const float lse = row < place.count ? p.lse[place.group * p.shape.M() + place.first + row] : INFINITY;
     const float offset = (fill_columns(row, part) - lse) * kLog2e;
     __syncwarp();  // the stage may be overwritten
-    strip_lines<false, kBlocks>(p, tiles.rows, tiles.q, first, round_up(p.shape.outer_keys(), kWindowWarpLines),
-                                stage(),
+    strip_lines<false, kBlocks>(p, tiles.rows, tiles.q, first, stage(),
                                 [&](int line, float x) { tiles.lines[line * p.block_rows + row] = x + offset; });
+    const int lines = p.shape.outer_keys();
+    for (int line = lines + part; line < round_up(lines, kWindowWarpLines); line += 2)  // do not exist
+      tiles.lines[line * p.block_rows + row] = offset;
     __syncwarp();  // grad may arrive
     copy(tiles.grad, p.grad);
   }
@@ -174,7 +176,7 @@ struct WindowStrip {
     const int keys_w = p.shape.axis[kW].keys;
     if (p.dfactors) write_factors(p, place, first, kW, 0, keys_w, of_column);
     add_table_products(p, kW, {0, keys_w}, tiles.rows, first, table_rows, dq, of_column);
-    end_lines(p, place, tiles.rows, first, {tiles.lines, p.block_rows}, table_rows, dq);
+    end_lines(p, place, tiles.rows, first, {tiles.lines, p.block_rows}, stage(), table_rows, dq);
     if (p.dq.data) {
       __syncwarp();  // the table rows may be overwritten
       put_strip(tiles.q, first, dq[0], p.scale);

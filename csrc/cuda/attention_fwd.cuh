@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   const BlockPlace& block = *reinterpret_cast<const BlockPlace*>(shared);
   copy_tokens(q(), p.block_rows, p, block, p.q, block.first, block.count);
   cp_async_commit();
-  locate_queries(p.shape, block, p.block_rows, rows);
+  locate_queries(p, block, p.block_rows, rows);
   cp_async_wait<0>();
   __syncthreads();
 

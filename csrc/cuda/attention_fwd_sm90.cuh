@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kSm90Threads, 1)
   __syncthreads();
   copy_tokens(q, kSm90Rows, p, work.block, p.q, work.block.first, work.block.count);
   cp_async_commit();
-  locate_queries(p.shape, work.block, kSm90Rows, rows);
+  locate_queries(p, work.block, kSm90Rows, rows);
   cp_async_wait<0>();
   __syncthreads();
 

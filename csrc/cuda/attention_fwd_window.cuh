@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
       work.copy_queries(place);
     }
     if (threadIdx.x % 32 < 16)
-      work.rows()[work.first + threadIdx.x % 32] = locate_query(p.shape, place, work.first + threadIdx.x % 32);
+      work.rows()[work.first + threadIdx.x % 32] = locate_query(p, place, work.first + threadIdx.x % 32);
     if (i > 0)
       cp_async_wait<0>();
     else
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
     __syncwarp();
     typename decltype(work)::Bias bias;
     bias.first = work.first;
-    work.lines().fill(p, work.rows(), work.q(), work.first, work.stage());
+    work.lines().fill(p, work.rows(), work.q(), static_cast<int>(afresh(work.first)), work.stage());
     bias.fill_columns(p, span_of(p, 0), work.rows(), work.q(), kNothing, kNothing, work.stage());
     if (i == 0) {
       cp_async_wait<0>();

@@ -23,9 +23,13 @@ void fill(LogitsParams& p, const Shape& s, const QueryStrides& strides, const Te
   p.whole_vectors_of_q = rows_are_aligned(p.q.data, strides, q.element_size());
   p.table = table.const_data_ptr();
   p.index = index.const_data_ptr<int32_t>();
+  p.grid = QueryGrid(s);
+  p.by_m = FastDiv(static_cast<int>(s.M()));
+  p.by_heads = FastDiv(s.heads);
   p.block_rows = plan.block_rows;
   p.factor_ld = plan.factor_ld;
   p.q_ld = plan.q_ld;
+  p.by_q_vectors = FastDiv(ceil_div(plan.q_ld * static_cast<int>(q.element_size()), 16));
 }
 
 // Where image rows of keys are whole vectors and a warp loads whole image rows at once.
@@ -61,6 +65,7 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
     const bool slabs = plan.block_rows * s.N() * static_cast<int64_t>(sizeof(S)) % 16 == 0;
     p.whole_vectors = slabs && is_aligned(p.logits, 16) && is_aligned(p.out, 16);
     p.line_lanes_log2 = line_lanes_log2<S>(p);
+    p.in_two_lines = s.prefix == 0 && s.axis[kW].keys >= kVector<S>;
     p.by_n = FastDiv(static_cast<int>(s.N()));
     p.by_keys_w = FastDiv(s.axis[kW].keys);
     p.by_keys_h = FastDiv(s.axis[kH].keys);

@@ -77,18 +77,19 @@ __device__ __forceinline__ void stage_product(const LogitsBwdParams& p, int a, i
     const T* of_row = static_cast<const T*>(p.table) + static_cast<int64_t>(l0) * p.shape.D + v * kVector<T>;
     table[u] = v < (high_row - l0 + 1) * vectors ? *reinterpret_cast<const uint4*>(of_row) : make_uint4(0, 0, 0, 0);
   }
-  const int32_t* key_of = p.index + axis.inverse + l0 + k - axis.first_row;
   for (int row0 = warp; row0 < p.block_rows; row0 += kUnroll * kWarps) {
     int key[kUnroll];
     float x[kUnroll];
+    const auto origin = [&](int u) {
+      const int row = row0 + u * kWarps;
+      return origin_of(axis, row < count ? rows[row].coordinate[a] : -1);
+    };
+    find_keys(axis, p.index, high_row, key, origin, [&](int) { return l0 + k; });
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int row = row0 + u * kWarps, c = row < count ? rows[row].coordinate[a] : -1;
-      key[u] = (c >= 0) & (l0 + k <= high_row) ? key_of[c * axis.rows] : -1;
+      const float* of_row = factors + (row0 + u * kWarps) * p.factor_ld + axis.factor;
+      x[u] = is_between(key[u], 0, axis.keys) ? of_row[key[u]] : 0.f;
     }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u)
-      x[u] = key[u] >= 0 ? factors[(row0 + u * kWarps) * p.factor_ld + axis.factor + key[u]] : 0.f;
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int at = (row0 + u * kWarps) * kLd + k;
@@ -142,7 +143,7 @@ __global__ void __launch_bounds__(kThreads, 3) logits_bwd_kernel(const LogitsBwd
   const int64_t first_row = static_cast<int64_t>(blockIdx.x) * p.block_rows;
   const int64_t left = p.shape.rows() - first_row;
   const int count = left < p.block_rows ? static_cast<int>(left) : p.block_rows;
-  locate_rows(p.shape, p.q, first_row, count, rows);
+  locate_rows(p, first_row, count, rows);
   __syncthreads();
 
   find_ranges(p.shape, p.index, rows, count, ranges);

@@ -28,6 +28,23 @@ __device__ __forceinline__ float outer_factor(const LogitsFwdParams& p, const fl
   return factors[p.shape.axis[kT].factor + t] + factors[p.shape.axis[kH].factor + h];
 }
 
+// x[0 .. COUNT): elements of the slab from e on, which lie in one image row of keys, or in that and the next. No
+// branch, for some lanes of a warp would take each.
+template <int COUNT>
+__device__ __forceinline__ void add_bias_of_two_lines(const LogitsFwdParams& p, const float* factors, int e,
+                                                      float (&x)[COUNT]) {
+  int n, j;
+  const int row = p.by_n.divide(e, n), o = p.by_keys_w.divide(n, j), left = p.shape.axis[kW].keys - j;
+  const bool next_row = left < COUNT && o + 1 == p.shape.outer_keys();
+  const float* of_row = factors + row * p.factor_ld;
+  const float* of_next = next_row ? of_row + p.factor_ld : of_row;
+  const float outer = outer_factor(p, of_row, o), next_outer = outer_factor(p, of_next, next_row ? 0 : o + 1);
+  const float* inner = of_row + p.shape.axis[kW].factor + j;
+  const float* next_inner = of_next + p.shape.axis[kW].factor - left;
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) x[i] += (i < left ? outer : next_outer) + (i < left ? inner : next_inner)[i];
+}
+
 // x[0 .. COUNT): elements of the slab from e on.
 template <int COUNT>
 __device__ __forceinline__ void add_bias(const LogitsFwdParams& p, const float* factors, int e, float (&x)[COUNT]) {
@@ -73,13 +90,16 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
       if (v >= vectors) break;
       float x[V];
       unpack<S>(regs[u], x);
-      add_bias<V>(p, factors, v * V, x);
+      if (p.in_two_lines)
+        add_bias_of_two_lines(p, factors, v * V, x);
+      else
+        add_bias(p, factors, v * V, x);
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(v) * V) = pack<S>(x);
     }
   }
   for (int e = vectors * V + threadIdx.x; e < elements; e += kThreads) {
     float x[1] = {to_float(logits[e])};
-    add_bias<1>(p, factors, e, x);
+    add_bias(p, factors, e, x);
     out[e] = from_float<S>(x[0]);
   }
 }
@@ -131,7 +151,7 @@ __global__ void __launch_bounds__(kThreads, MMA ? 4 : 3) logits_fwd_kernel(const
   const int64_t left = p.shape.rows() - first_row;
   const int count = left < p.block_rows ? static_cast<int>(left) : p.block_rows;
   const FactorTile tile{rows, count, factors, p.factor_ld};
-  locate_rows(p.shape, p.q, first_row, count, rows);
+  locate_rows(p, first_row, count, rows);
   __syncthreads();
 
   find_ranges(p.shape, p.index, rows, count, ranges);

@@ -183,6 +183,10 @@ T atomicAdd(T* address, std::type_identity_t<T> value) {  // blocks and fibers n
   return old;
 }
 
+inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
+  return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+
 // As in CUDA: integers of one type, and floats, of which a NaN is never preferred.
 template <typename T>
   requires std::is_arithmetic_v<T>

@@ -9,7 +9,7 @@
 //               | . . .  k2 k1 k0 .  .  .  |      . : computed, not used
 //               +--------------------------+
 #pragma once
-#include "copy.cuh"
+#include "row_steps.cuh"
 #include "rows.cuh"
 
 namespace relpos {
@@ -19,54 +19,69 @@ struct FactorTile {
   int count;  // rows of the tile that exist
   float* factors;
   int ld;
+
+  __device__ __forceinline__ int origin(const Axis& axis, int a, int row) const {
+    return row < count ? origin_of(axis, rows[row].coordinate[a]) : -1;
+  }
 };
 
-// Elements of the product to where they belong: value(i) is that of query row(i) and table row l(i). All keys are asked
-// for before the first is waited for.
-template <int COUNT, typename Value, typename Row, typename L>
+// Elements of the product to where they belong: value(i) is that of query row(i), with origin(i), and table row l(i).
+template <int COUNT, typename Value, typename Row, typename Origin, typename L>
 __device__ __forceinline__ void put_factors(const FactorTile& tile, const LogitsParams& p, int a, int high,
-                                            Value&& value, Row&& row, L&& l) {
+                                            Value&& value, Row&& row, Origin&& origin, L&& l) {
   const Axis& axis = p.shape.axis[a];
-  const int32_t* key_of = p.index + axis.inverse - axis.first_row;
   int key[COUNT];
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    const int c = row(i) < tile.count ? tile.rows[row(i)].coordinate[a] : -1;
-    key[i] = (c >= 0) & (l(i) <= high) ? key_of[c * axis.rows + l(i)] : -1;
-  }
+  find_keys(axis, p.index, high, key, origin, l);
 #pragma unroll
   for (int i = 0; i < COUNT; ++i)
-    if (key[i] >= 0) tile.factors[row(i) * tile.ld + axis.factor + key[i]] = value(i);
+    if (is_between(key[i], 0, axis.keys)) tile.factors[row(i) * tile.ld + axis.factor + key[i]] = value(i);
+}
+
+// acc[n] += 16 rows of queries times table rows l0 + 8 n .., elements d .. d + 16 STEPS - 1; a row past `high` counts
+// as that one.
+template <int STEPS, typename T, int BLOCKS>
+__device__ __forceinline__ void add_table_rows(float (&acc)[BLOCKS][4], const LogitsParams& p, const T* q_smem, int l0,
+                                               int high, int d) {
+  RowSteps<T, STEPS> rows[BLOCKS];
+#pragma unroll
+  for (int n = 0; n < BLOCKS; ++n) {
+    const int l = min(l0 + n * 8 + static_cast<int>(threadIdx.x) % 32 / 4, high);
+    rows[n].load(table_row<T>(p.table, p.shape, l), d, p.shape.D);
+  }
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    uint32_t q_regs[4];
+    load_spread_rows<STEPS>(q_regs, q_smem + d, p.q_ld, step);
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n) {
+      uint32_t table_regs[2];
+      memcpy(table_regs, rows[n].of_step[step], sizeof table_regs);
+      mma_m16n8k16<T>(acc[n], q_regs, table_regs);
+    }
+  }
 }
 
 // Tensor cores: a warp takes 16 queries and 32 table rows at a time. q is in shared memory, zero past D.
 template <typename T>
 __device__ __forceinline__ void axis_factors_mma(const FactorTile& tile, const LogitsParams& p, int a, int low,
                                                  int high, const T* q_smem) {
-  constexpr int kBlocks = 4;  // of 8 table rows, sharing the fragments of q
+  constexpr int kBlocks = 4;  // of 8 table rows, sharing operands of q
+  const Axis& axis = p.shape.axis[a];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int strips = ceil_div(tile.count, 16), spans = ceil_div(high - low + 1, 8 * kBlocks);
-  const int D = p.shape.D;
-  const T* table = static_cast<const T*>(p.table);
   for (int item = warp; item < strips * spans; item += kWarps) {
     const int strip = item % strips, l0 = low + item / strips * 8 * kBlocks;
+    const int row = strip * 16 + lane / 4;
+    const T* queries = q_smem + strip * 16 * p.q_ld;
+    const int origin[2] = {tile.origin(axis, a, row), tile.origin(axis, a, row + 8)};
     float acc[kBlocks][4] = {};
-    for (int k0 = 0; k0 < D; k0 += 16) {
-      uint32_t q_regs[4];
-      ldmatrix_x4(q_regs, q_smem + (strip * 16 + lane % 16) * p.q_ld + k0 + lane / 16 * 8);
-#pragma unroll
-      for (int n = 0; n < kBlocks; ++n) {
-        const int l = l0 + n * 8 + lane / 4, d = k0 + lane % 4 * 2;
-        const T* pair = table + static_cast<int64_t>(l) * D + d;
-        const uint32_t table_regs[2] = {l <= high ? *reinterpret_cast<const uint32_t*>(pair) : 0u,
-                                        l <= high && d + 8 < D ? *reinterpret_cast<const uint32_t*>(pair + 8) : 0u};
-        mma_m16n8k16<T>(acc[n], q_regs, table_regs);
-      }
-    }
+    int d = 0;
+#pragma unroll 1
+    for (; d + 16 < p.shape.D; d += 32) add_table_rows<2>(acc, p, queries, l0, high, d);
+    if (d < p.shape.D) add_table_rows<1>(acc, p, queries, l0, high, d);
     put_factors<kBlocks * 4>(
-        tile, p, a, high, [&](int i) { return acc[i / 4][i % 4]; },
-        [&](int i) { return strip * 16 + lane / 4 + i % 4 / 2 * 8; },
-        [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
+        tile, p, a, high, [&](int i) { return acc[i / 4][i % 4]; }, [&](int i) { return row + i % 4 / 2 * 8; },
+        [&](int i) { return origin[i % 4 / 2]; }, [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
   }
 }
 
@@ -94,7 +109,8 @@ __device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const 
       }
     }
     put_factors<kQueries>(
-        tile, p, a, high, [&](int r) { return acc[r]; }, [&](int r) { return first + r; }, [&](int) { return l; });
+        tile, p, a, high, [&](int r) { return acc[r]; }, [&](int r) { return first + r; },
+        [&](int r) { return tile.origin(p.shape.axis[a], a, first + r); }, [&](int) { return l; });
   }
 }
 
@@ -103,12 +119,13 @@ template <typename T>
 __device__ __forceinline__ void stage_queries_by_vectors(const FactorTile& tile, const LogitsParams& p, T* q_smem) {
   constexpr int V = kVector<T>, kUnroll = 3;
   const T* q = static_cast<const T*>(p.q.data);
-  const int in_row = p.q_ld / V, vectors = p.block_rows * in_row;
+  const int vectors = p.block_rows * (p.q_ld / V);
   for (int v0 = threadIdx.x; v0 < vectors; v0 += kUnroll * kThreads) {
     uint4 regs[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int v = v0 + u * kThreads, row = v / in_row, d = (v - row * in_row) * V;
+      int in_row;
+      const int row = p.by_q_vectors.divide(v0 + u * kThreads, in_row), d = in_row * V;
       const bool exists = row < tile.count && d < p.shape.D;
       regs[u] = exists ? *reinterpret_cast<const uint4*>(q + tile.rows[row].q_offset + d) : make_uint4(0, 0, 0, 0);
     }

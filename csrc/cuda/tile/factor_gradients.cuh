@@ -14,9 +14,10 @@ struct LineGradients {
   // Of one key of an axis: the sum over the lines that have it.
   __device__ __forceinline__ float of_axis(const Shape& s, int a, int key, int row) const {
     const int keys_h = s.axis[kH].keys, step = a == kT ? 1 : keys_h, count = a == kT ? keys_h : s.axis[kT].keys;
+    const float* first = &at(a == kT ? key * keys_h : key, row);
     float sum = 0.f;
 #pragma unroll 1
-    for (int i = 0, line = a == kT ? key * keys_h : key; i < count; ++i, line += step) sum += at(line, row);
+    for (int i = 0; i < count; ++i, first += step * ld) sum += *first;
     return sum;
   }
 };
@@ -45,9 +46,11 @@ template <typename T, int D, typename F>
 __device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const KeyRange& keys,
                                                    const Coordinates* rows, int first, const Tile<T, D>& table_rows,
                                                    float (&dq)[1][D / 8][4], F&& gradient) {
-  const Axis& axis = p.shape.axis[a];
   const T* table = static_cast<const T*>(p.table);
   const int lane = threadIdx.x % 32;
+  const Axis& axis = p.shape.axis[a];
+  const int origin[2] = {origin_of(axis, rows[first + lane / 4].of[a]),
+                         origin_of(axis, rows[first + lane / 4 + 8].of[a])};
   int low, high;
   strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 16) {
@@ -56,21 +59,21 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
               [&](int row) { return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr; });
     cp_async_commit();
     float x[2][4];
+    int key[8];
+    find_keys(
+        axis, p.index, high, key, [&](int i) { return origin[i % 4 / 2]; },
+        [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
 #pragma unroll
-    for (int j = 0; j < 2; ++j)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int row = lane / 4 + e / 2 * 8, l = l0 + j * 8 + lane % 4 * 2 + e % 2, c = rows[first + row].of[a];
-        const int key = c >= 0 && l <= high ? p.index[axis.inverse + c * axis.rows + l - axis.first_row] : -1;
-        x[j][e] = key >= keys.begin && key < keys.end ? gradient(row, key) * p.inverse_scale : 0.f;
-      }
+    for (int i = 0; i < 8; ++i) {
+      const bool counts = is_between(key[i], keys.begin, keys.end);
+      x[i / 4][i % 4] = counts ? gradient(lane / 4 + i % 4 / 2 * 8, key[i]) * p.inverse_scale : 0.f;
+    }
     constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // half precision: what rounding takes away is the second
     OperandA<T> parts[kParts];
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      parts[i].set(x[0], x[1]);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) x[e / 4][e % 4] -= to_float(from_float<T>(x[e / 4][e % 4]));
+    parts[0].set(x[0], x[1]);
+    if constexpr (kParts == 2) {
+      parts[0].leave_rest(x[0], x[1]);
+      parts[1].set(x[0], x[1]);
     }
     cp_async_wait<0>();
     __syncwarp();
@@ -93,21 +96,33 @@ template <typename F>
 __device__ __forceinline__ void write_factors(const AttentionBwdParams& p, const BlockPlace& block, int first, int a,
                                               int first_key, int count, F&& gradient) {
   const int64_t row0 = block.group * p.shape.M() + block.first + first;
-  for (int row = 0; row < 16 && first + row < block.count; ++row)
-    for (int i = threadIdx.x % 32; i < count; i += 32)
-      p.dfactors[(row0 + row) * p.shape.factors() + p.shape.axis[a].factor + first_key + i] = gradient(row, i);
+  const int factors = p.shape.factors(), rows = min(16, block.count - first);
+  float* const of_axis = p.dfactors + row0 * factors + p.shape.axis[a].factor + first_key;
+  for (int i = threadIdx.x % 32; i < count; i += 32) {
+    float* to = of_axis + i;
+#pragma unroll 4
+    for (int row = 0; row < rows; ++row, to += factors) *to = gradient(row, i);
+  }
+  __syncwarp();  // gradients may be overwritten
 }
 
-// The line gradients of a strip: written, and their share of dq added.
+// The line gradients of a strip: written, and their share of dq added. `stage`: the warp's own.
 template <typename T, int D>
 __device__ __forceinline__ void end_lines(const AttentionBwdParams& p, const BlockPlace& block, const Coordinates* rows,
-                                          int first, const LineGradients& dlines, const Tile<T, D>& table_rows,
-                                          float (&dq)[1][D / 8][4]) {
+                                          int first, const LineGradients& dlines, float* stage,
+                                          const Tile<T, D>& table_rows, float (&dq)[1][D / 8][4]) {
+  const int row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
 #pragma unroll 1
   for (int a = kT; a < kW; ++a) {
     const KeyRange all{0, p.shape.axis[a].keys};
     if (p.shape.axis[a].rows == 0) continue;
-    const auto gradient = [&](int row, int key) { return dlines.of_axis(p.shape, a, key, first + row); };
+    LineGradients of_axis{dlines.data + first, dlines.ld};
+    if (p.shape.axis[kT].rows) {  // else each line is a key
+      of_axis = {stage, 16};
+      for (int key = part; key < all.end; key += 2) of_axis.at(key, row) = dlines.of_axis(p.shape, a, key, first + row);
+      __syncwarp();
+    }
+    const auto gradient = [&](int row, int key) { return of_axis.at(key, row); };
     if (p.dfactors) write_factors(p, block, first, a, 0, all.end, gradient);
     add_table_products(p, a, all, rows, first, table_rows, dq, gradient);
   }

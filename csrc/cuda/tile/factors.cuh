@@ -4,6 +4,7 @@
 // names. What is kept per line is relative to the largest of its query: softmax does not mind, half precision is then
 // exact enough where it matters, and nothing overflows.
 #pragma once
+#include "rows.cuh"
 #include "tokens.cuh"
 
 namespace relpos {
@@ -31,54 +32,55 @@ __device__ __forceinline__ void strip_range(const AttentionParams& p, int a, con
   }
   low = 0, high = -1;
   if (most < 0) return;
-  const int32_t* of_axis = p.index + axis.index;
-  low = of_axis[least * axis.keys + keys.end - 1];
-  high = of_axis[most * axis.keys + keys.begin];
+  low = row_of(axis, p.index, least, keys.end - 1);
+  high = row_of(axis, p.index, most, keys.begin);
 }
 
 // Blocks of 8 table rows that share operands of q, and a wait for memory: as many as there are registers for.
 template <int D>
 constexpr int kTableBlocks = D <= 96 ? 4 : 2;
 
-// put(half, row, key, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
-// holds: row is lane / 4 + 8 half of the strip.
+// put(half, row, i, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
+// holds: row is lane / 4 + 8 half of the strip, i the number of the key among these.
 template <typename T, int BLOCKS, int D, typename F>
 __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const KeyRange& keys,
                                               const Coordinates* rows, const Tile<T, D>& q, int first, F&& put) {
+  constexpr int kAtOnce = sizeof(T) == 2 ? D / 16 : 1;  // steps: in half precision all, and those of the queries stay
+  const int row = threadIdx.x % 32 / 4, two = threadIdx.x % 4 * 2;
   const Axis& axis = p.shape.axis[a];
-  const T* table = static_cast<const T*>(p.table);
-  const int lane = threadIdx.x % 32;
-  const int c[2] = {rows[first + lane / 4].of[a], rows[first + lane / 4 + 8].of[a]};
+  const int origin[2] = {origin_of(axis, rows[first + row].of[a]), origin_of(axis, rows[first + row + 8].of[a])};
+  OperandA<T> queries[kAtOnce];
+  if constexpr (sizeof(T) == 2)
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) queries[i].template load_spread<kAtOnce>(q, first, i);
   int low, high;
   strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 8 * BLOCKS) {
-    int key[BLOCKS][4];  // asked for before the products, all at once: they have a long way
-#pragma unroll
-    for (int n = 0; n < BLOCKS; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int l = l0 + n * 8 + lane % 4 * 2 + e % 2;
-        const bool exists = c[e / 2] >= 0 && l <= high;
-        key[n][e] = exists ? p.index[axis.inverse + c[e / 2] * axis.rows + l - axis.first_row] : -1;
-      }
+    int key[BLOCKS * 4];
+    find_keys(
+        axis, p.index, high, key, [&](int i) { return origin[i % 4 / 2]; },
+        [&](int i) { return l0 + i / 4 * 8 + two + i % 2; });
     float acc[BLOCKS][4] = {};
 #pragma unroll(kStepsUnrolled<T, D>)
-    for (int step = 0; step < steps_of<T, D>(p.shape.D); ++step) {
-      OperandA<T> queries;
-      queries.load(q, first, step);
+    for (int step = 0; step < steps_of<T, D>(p.shape.D); step += kAtOnce) {
+      RowSteps<T, kAtOnce> table_rows[BLOCKS];
 #pragma unroll
-      for (int n = 0; n < BLOCKS; ++n) {
-        const int l = l0 + n * 8 + lane / 4;
-        OperandB<T> row;
-        row.load_row(table + static_cast<int64_t>(l) * p.shape.D, step * 16, p.shape.D, l <= high);
-        multiply(acc[n], queries, row);
-      }
+      for (int n = 0; n < BLOCKS; ++n)  // past `high` the same again
+        table_rows[n].load(table_row<T>(p.table, p.shape, min(l0 + n * 8 + row, high)), step * 16, p.shape.D);
+      if constexpr (sizeof(T) == 4) queries[0].template load_spread<1>(Tile<T, D>{q.at(0, step * 16)}, first, 0);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int n = 0; n < BLOCKS; ++n) {
+          OperandB<T> columns;
+          columns.set_row(table_rows[n].of_step[i]);
+          multiply(acc[n], queries[i], columns);
+        }
     }
 #pragma unroll
-    for (int n = 0; n < BLOCKS; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        if (key[n][e] >= keys.begin && key[n][e] < keys.end) put(e / 2, lane / 4 + e / 2 * 8, key[n][e], acc[n][e]);
+    for (int i = 0; i < BLOCKS * 4; ++i)
+      if (is_between(key[i], keys.begin, keys.end))
+        put(i % 4 / 2, row + i % 4 / 2 * 8, key[i] - keys.begin, acc[i / 4][i % 4]);
   }
 }
 
@@ -96,12 +98,11 @@ __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a,
   }
 }
 
-// put(line, x) for every line of keys, 0 .. lines - 1, by the two lanes (l and l + 16) of each query of a strip: x is
-// what the line adds, in powers of two, 0 for lines that do not exist. Returns the largest x there may be; with
-// RELATIVE, x is below it. `stage`: the warp's own.
+// put(line, x) for every line of keys, by the two lanes (l and l + 16) of each query of a strip: x is what the line
+// adds, in powers of two. Returns the largest x there may be; with RELATIVE, x is below it. `stage`: the warp's own.
 template <bool RELATIVE, int BLOCKS, typename T, int D, typename F>
 __device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
-                                             int first, int lines, float* stage, F&& put) {
+                                             int first, float* stage, F&& put) {
   const Shape& s = p.shape;
   const int row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
   float largest = 0.f;
@@ -111,25 +112,24 @@ __device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coo
     float* of_axis = stage + (a == kH ? s.axis[kT].factors() * 16 : 0);
     if (axis.rows == 0) continue;
     strip_factors<T, BLOCKS>(p, a, {0, axis.keys}, rows, q, first,
-                             [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x * kLog2e; });
+                             [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x; });
     __syncwarp();
     if constexpr (RELATIVE) {
       float most = -INFINITY;
       const bool biased = rows[first + row].of[a] >= 0;
       for (int i = part; biased && i < axis.keys; i += 2) most = fmaxf(most, of_axis[i * 16 + row]);
       most = fmaxf(most, __shfl_xor_sync(~0u, most, 16));
-      largest += biased ? most : 0.f;
+      largest += biased ? most * kLog2e : 0.f;
     }
   }
-  const float *of_t = stage, *of_h = stage + s.axis[kT].factors() * 16;
-  const bool biased = rows[first + row].of[kH] >= 0, with_t = s.axis[kT].rows != 0;
+  const float *of_t = stage + row, *of_h = of_t + s.axis[kT].factors() * 16;
+  const bool biased = rows[first + row].of[kH] >= 0;
   const int keys_h = s.axis[kH].keys;
-  int t = part / keys_h, h = part % keys_h;
-  for (int line = part; line < lines; line += 2) {
-    float x = 0.f;
-    if (biased && line < s.outer_keys()) x = of_h[h * 16 + row] + (with_t ? of_t[t * 16 + row] : 0.f) - largest;
-    put(line, x);
-    for (h += 2; h >= keys_h; h -= keys_h) ++t;
+#pragma unroll 1
+  for (int t = 0; t < s.axis[kT].keys; ++t) {
+    const float rest = (s.axis[kT].rows ? of_t[t * 16] * kLog2e : 0.f) - largest;
+#pragma unroll 4
+    for (int h = part; h < keys_h; h += 2) put(t * keys_h + h, biased ? fmaf(of_h[h * 16], kLog2e, rest) : 0.f);
   }
   return largest;
 }
@@ -147,12 +147,12 @@ struct LineFactors {
   template <int D>
   __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
                                        int first, float* stage) const {
-    const int row = first + threadIdx.x % 16, padded = p.keys.padded_lines;
-    const float sum =
-        strip_lines<true, kTableBlocks<D>>(p, rows, q, first, padded + p.keys.lines, stage, [&](int line, float x) {
-          at(line, row) = from_float<Factor<T>>(line < p.shape.outer_keys() || line >= padded ? x : -INFINITY);
-        });
-    if (threadIdx.x % 32 < 16) largest[row] = sum;
+    const int row = first + threadIdx.x % 16, part = threadIdx.x % 32 / 16, padded = p.keys.padded_lines;
+    const float sum = strip_lines<true, kTableBlocks<D>>(
+        p, rows, q, first, stage, [&](int line, float x) { at(line, row) = from_float<Factor<T>>(x); });
+    for (int line = p.shape.outer_keys() + part; line < padded + p.keys.lines; line += 2)
+      at(line, row) = from_float<Factor<T>>(line < padded ? -INFINITY : 0.f);  // no lines; class tokens
+    if (part == 0) largest[row] = sum;
     __syncwarp();  // they are there, and the stage may be overwritten
   }
 };
@@ -174,9 +174,8 @@ struct StripBias {
     const int lane = threadIdx.x % 32, strip = static_cast<int>(afresh(first));
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
-      strip_factors<T, kTableBlocks<D>>(p, kW, keys, rows, q, strip, [&](int half, int row, int key, float x) {
-        stage[row * kLd + key - span.first] = (x - below[half]) * p.inverse_scale;
-      });
+      strip_factors<T, kTableBlocks<D>>(p, kW, keys, rows, q, strip,
+                                        [&](int, int row, int key, float x) { stage[row * kLd + key] = x; });
       __syncwarp();
     }
 #pragma unroll
@@ -187,7 +186,9 @@ struct StripBias {
         const int row = lane / 4 + e / 2 * 8;
         const bool biased = span.of_lines && rows[strip + row].of[kW] >= 0;
         const float none = span.of_lines ? 0.f : of_class[e / 2];
-        column[j][e] = at >= span.columns ? -INFINITY : biased ? stage[row * kLd + at] : none;
+        column[j][e] = at >= span.columns ? -INFINITY
+                       : biased           ? (stage[row * kLd + at] - below[e / 2]) * p.inverse_scale
+                                          : none;
       }
     __syncwarp();  // before the next strip overwrites the stage
   }

@@ -11,7 +11,7 @@
 // tensor cores cut sums off instead of rounding them, which over many steps is more than float32 allows.
 #pragma once
 #include "../../plan_attention.h"
-#include "copy.cuh"
+#include "row_steps.cuh"
 
 namespace relpos {
 
@@ -67,6 +67,21 @@ struct OperandA {
       set_pair(reinterpret_cast<T*>(pairs + 2 + i), right[2 * i], right[2 * i + 1]);
     }
   }
+  // What rounding has taken away, of what it was set to.
+  __device__ __forceinline__ void leave_rest(float (&left)[4], float (&right)[4]) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      T two[2];
+      memcpy(static_cast<void*>(two), pairs + i, sizeof two);
+      float* from = (i < 2 ? left : right) + i % 2 * 2;
+      from[0] -= to_float(two[0]), from[1] -= to_float(two[1]);
+    }
+  }
+  // A step of RowSteps of rows `row` and on.
+  template <int STEPS, int D>
+  __device__ __forceinline__ void load_spread(const Tile<T, D>& from, int row, int step) {
+    load_spread_rows<STEPS>(pairs, from.at(row, 0), Tile<T, D>::kLd, step);
+  }
 };
 
 template <>
@@ -90,31 +105,33 @@ struct OperandA<float> {
       pairs.set(2 + i, right[2 * i], right[2 * i + 1]);
     }
   }
+  template <int STEPS, int D>
+  __device__ __forceinline__ void load_spread(const Tile<float, D>& from, int row, int step) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const float* four = from.at(row + threadIdx.x % 32 / 4 + i * 8, RowSteps<float, STEPS>::column(step));
+      const float4 x = *reinterpret_cast<const float4*>(four);
+      pairs.set(i, x.x, x.y);
+      pairs.set(2 + i, x.z, x.w);
+    }
+  }
 };
 
 template <typename T>
 struct OperandB {
   uint32_t pairs[2];
 
-  // Row g is `row` of global memory, elements d .. d + 15 of it; zeros past D or where it does not exist.
-  __device__ __forceinline__ void load_row(const T* row, int d, int D, bool exists) {
-    const T* pair = row + d + threadIdx.x % 4 * 2;
-    pairs[0] = exists && d < D ? *reinterpret_cast<const uint32_t*>(pair) : 0u;
-    pairs[1] = exists && d + 8 < D ? *reinterpret_cast<const uint32_t*>(pair + 8) : 0u;
-  }
+  // A step of row g.
+  __device__ __forceinline__ void set_row(const T (&row)[4]) { memcpy(pairs, row, sizeof pairs); }
 };
 
 template <>
 struct OperandB<float> {
   SplitPairs<2> pairs;
 
-  __device__ __forceinline__ void load_row(const float* row, int d, int D, bool exists) {
-    const float* pair = row + d + threadIdx.x % 4 * 2;
+  __device__ __forceinline__ void set_row(const float (&row)[4]) {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const bool inside = exists && d + i * 8 < D;
-      pairs.set(i, inside ? pair[i * 8] : 0.f, inside ? pair[i * 8 + 1] : 0.f);
-    }
+    for (int i = 0; i < 2; ++i) pairs.set(i, row[2 * i], row[2 * i + 1]);
   }
 };
 

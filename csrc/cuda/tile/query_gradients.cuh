@@ -61,9 +61,12 @@ struct QueryGradients {
     const float own_delta = of_lane(delta), own_factor = of_lane(factor);
     if (block.first + row >= queries) return;
     float* to = p.lines + int64_t{block.group} * (count + statistics_of(sizeof(T))) * queries + block.first + row;
-    for (int i = lane / 16; i < count; i += 2)
-      to[i * queries] = i < slots.prefix_lines ? no_bias : all + to_float(lines.at(i - slots.prefix_lines, row));
-    if (lane >= 16) return;
+    const int part = lane / 16, with_keys = count - slots.prefix_lines;
+    for (int i = part; i < slots.prefix_lines; i += 2) to[i * queries] = no_bias;
+    float* of_line = to + (slots.prefix_lines + part) * queries;
+#pragma unroll 4
+    for (int i = part; i < with_keys; i += 2, of_line += 2 * queries) *of_line = all + to_float(lines.at(i, row));
+    if (part != 0) return;
     to[count * queries] = own_delta;
     if constexpr (sizeof(T) == 4) to[(count + 1) * queries] = own_factor;
   }
@@ -146,8 +149,9 @@ struct QueryGradients {
                        [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
   }
 
-  __device__ __forceinline__ void end(const LineGradients& dlines, const Tile<T, D>& table_rows, const Tile<T, D>& q) {
-    end_lines(p, block, rows, bias.first, dlines, table_rows, dq);
+  __device__ __forceinline__ void end(const LineGradients& dlines, float* stage, const Tile<T, D>& table_rows,
+                                      const Tile<T, D>& q) {
+    end_lines(p, block, rows, bias.first, dlines, stage, table_rows, dq);
     if (p.dq.data == nullptr) return;
     put_strip(q, bias.first, dq[0], p.scale);
     store_queries(q, bias.first, p, block, p.dq);

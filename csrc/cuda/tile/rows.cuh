@@ -1,25 +1,63 @@
-// rows.cuh - which queries a tile of consecutive rows of the logits holds, and which table rows they use.
+// rows.cuh - which queries a tile of consecutive rows of the logits holds, which table rows queries use, and which keys
+// use a table row.
 #pragma once
 #include "../../params.h"
 #include "../runtime.h"
 
 namespace relpos {
 
-// Every thread below `count` locates one row.
-__device__ __forceinline__ void locate_rows(const Shape& s, const InRows& q, int64_t first_row, int count,
-                                            RowOfTile* rows) {
+// Every thread below `count` locates one row. The planner refuses more rows than an int can count.
+__device__ __forceinline__ void locate_rows(const LogitsParams& p, int64_t first_row, int count, RowOfTile* rows) {
   for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int64_t row = first_row + i, group = row / s.M();
-    const int m = static_cast<int>(row - group * s.M()), token = m - s.prefix;
+    int m, head;
+    const int group = p.by_m.divide(static_cast<int>(first_row) + i, m), batch = p.by_heads.divide(group, head);
     RowOfTile r;
-    const int line = token / s.axis[kW].queries;
-    r.coordinate[kT] = token < 0 ? -1 : line / s.axis[kH].queries;
-    r.coordinate[kH] = token < 0 ? -1 : line % s.axis[kH].queries;
-    r.coordinate[kW] = token < 0 ? -1 : token % s.axis[kW].queries;
+    p.grid.locate(m - p.shape.prefix, r.coordinate);
     r.padding = 0;
-    r.q_offset = group / s.heads * q.batch + group % s.heads * q.head + m * q.row;
+    r.q_offset = batch * p.q.batch + head * p.q.head + m * p.q.row;
     rows[i] = r;
   }
+}
+
+// The table row of query coordinate c and key i of an axis.
+__device__ __forceinline__ int row_of(const Axis& axis, const int32_t* index, int c, int i) {
+  if (axis.k_shift < 0) return index[axis.index + c * axis.keys + i];
+  return axis.origin + c * axis.origin_step - (i << axis.k_shift);
+}
+
+template <typename T>
+__device__ __forceinline__ const T* table_row(const void* table, const Shape& s, int l) {
+  return static_cast<const T*>(table) + uint64_t{static_cast<uint32_t>(l)} * static_cast<uint32_t>(s.D);
+}
+
+// Of a query coordinate; one below 0 has no keys.
+__device__ __forceinline__ int origin_of(const Axis& axis, int c) {
+  return c < 0 ? -1 : axis.origin + c * axis.origin_step;
+}
+
+// key[i]: that for which the query coordinate with origin(i) uses table row l(i); if there is none, something outside
+// of 0 .. keys - 1. `high`: the last row that counts; keys of those past it lie before those that count, or outside.
+// What must be looked up is asked for at once.
+template <int COUNT, typename Origin, typename L>
+__device__ __forceinline__ void find_keys(const Axis& axis, const int32_t* index, int high, int (&key)[COUNT],
+                                          Origin&& origin, L&& l) {
+  if (axis.k_shift < 0) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) key[i] = (origin(i) >= 0) & (l(i) <= high) ? index[origin(i) + l(i)] : -1;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) {
+    // As a multiple of the step between keys. What is negative, or no multiple, becomes more than any key, or negative:
+    // bits that are shifted out return at the top.
+    const auto down = static_cast<unsigned>(origin(i) - l(i));
+    key[i] = static_cast<int>(__funnelshift_r(down, down, axis.k_shift));
+  }
+}
+
+// Whether a key is one of begin .. end - 1.
+__device__ __forceinline__ bool is_between(int key, int begin, int end) {
+  return static_cast<unsigned>(key - begin) < static_cast<unsigned>(end - begin);
 }
 
 // ranges[2a], ranges[2a + 1]: lowest and highest table row that the tile's queries use on axis a. One warp per axis;
@@ -40,10 +78,10 @@ __device__ __forceinline__ void find_ranges(const Shape& s, const int32_t* index
     high = max(high, __shfl_xor_sync(~0u, high, x));
   }
   if (lane != 0) return;
-  const int keys = s.axis[a].keys;
-  const int32_t* of_axis = index + s.axis[a].index;
-  ranges[2 * a] = high < 0 ? 0 : of_axis[low * keys + keys - 1];
-  ranges[2 * a + 1] = high < 0 ? -1 : of_axis[high * keys];
+  ranges[2 * a] = 0, ranges[2 * a + 1] = -1;
+  if (high < 0) return;
+  ranges[2 * a] = row_of(s.axis[a], index, low, s.axis[a].keys - 1);
+  ranges[2 * a + 1] = row_of(s.axis[a], index, high, 0);
 }
 
 }  // namespace relpos

@@ -30,15 +30,14 @@ __device__ __forceinline__ T* rows_of(const BlockPlace& block, const OutRows& ro
 }
 
 // Coordinates of query i of the block; -1 for class tokens, and where there is no query.
-__device__ __forceinline__ Coordinates locate_query(const Shape& s, const BlockPlace& block, int i) {
-  const int token = i < block.count ? block.first + i - s.prefix : -1;
-  if (token < 0) return {-1, -1, -1};
-  const int line = token / s.axis[kW].queries;
-  return {line / s.axis[kH].queries, line % s.axis[kH].queries, token % s.axis[kW].queries};
+__device__ __forceinline__ Coordinates locate_query(const AttentionParams& p, const BlockPlace& block, int i) {
+  Coordinates found;
+  p.grid.locate(i < block.count ? block.first + i - p.shape.prefix : -1, found.of);
+  return found;
 }
-__device__ __forceinline__ void locate_queries(const Shape& s, const BlockPlace& block, int block_rows,
+__device__ __forceinline__ void locate_queries(const AttentionParams& p, const BlockPlace& block, int block_rows,
                                                Coordinates* rows) {
-  for (int i = threadIdx.x; i < block_rows; i += blockDim.x) rows[i] = locate_query(s, block, i);
+  for (int i = threadIdx.x; i < block_rows; i += blockDim.x) rows[i] = locate_query(p, block, i);
 }
 
 // Starts the copy of a row by a pair of threads, 32 bytes at a time; zeros if it does not exist.
