@@ -12,7 +12,7 @@ SHOWN_AGAIN = "a later fence of the same thread, before TMA begins, shows it, to
 
 HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a bug elsewhere
     "attention_bwd_keys.cuh: exists -> true | const int64_t m": NOT_READ,
-    "attention_bwd_keys.cuh: exists -> true | of_row": NOT_READ,
+    "attention_bwd_keys.cuh: row < left -> true | cp_async_16": NOT_READ,
     "attention_bwd_keys.cuh: exists -> true | m0 + m": NOT_READ,
     "attention_bwd_keys.cuh: m + kQueries < M -> true": ONE_MORE_ROUND,
     "attention_bwd_queries_sm90.cuh: mbarrier_fence_init() -> left out": SHOWN_AGAIN,

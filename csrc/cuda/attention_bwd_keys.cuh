@@ -63,14 +63,14 @@ struct QueryStage : QueryTile<T, D> {
   __device__ __forceinline__ void copy_columns(const AttentionBwdParams& p, const SlotBlock block,
                                                const Factor<T>* from, int m0, int left) const {
     constexpr int kPerRow = 4;  // threads
+    const int first = threadIdx.x / kPerRow, step = blockDim.x / kPerRow, line = block.slots.line;
     const int chunks = p.at_keys.column_blocks * (8 / kChunk);
-    for (int row = threadIdx.x / kPerRow; row < kQueries; row += blockDim.x / kPerRow) {
-      const bool exists = row < left;
-      const Factor<T>* of_row = from + (exists ? int64_t{m0 + row} * block.slots.line : 0);
-      for (int chunk = threadIdx.x % kPerRow; chunk < chunks; chunk += kPerRow) {
-        const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
-        cp_async_16(columns + row * column_ld + chunk * kChunk, of_row + column, exists);
-      }
+    for (int chunk = threadIdx.x % kPerRow; chunk < chunks; chunk += kPerRow) {
+      const int column = block.column(chunk / (8 / kChunk)) + chunk % (8 / kChunk) * kChunk;
+      const Factor<T>* of_row = from + int64_t{m0 + first} * line + column;
+      Factor<T>* to = columns + first * column_ld + chunk * kChunk;
+      for (int row = first; row < kQueries; row += step, of_row += step * line, to += step * column_ld)
+        cp_async_16(to, row < left ? of_row : from, row < left);
     }
   }
 
@@ -111,9 +111,9 @@ struct AttentionBwdKeys {
                                  tile.columns + (begin + lane % (8 * PART)) * tile.column_ld + blocks.column(s, half));
 #pragma unroll
           for (int j = 0; j < PART; ++j) {
-            const float2 two = __half22float2(*reinterpret_cast<const __half2*>(pairs + j));
-            score[s][j][2 * half] = blocks.has_bias(s, half) ? two.x : 0.f;
-            score[s][j][2 * half + 1] = blocks.has_bias(s, half) ? two.y : 0.f;
+            const uint32_t pair = blocks.has_bias(s, half) ? pairs[j] : 0u;
+            const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+            score[s][j][2 * half] = two.x, score[s][j][2 * half + 1] = two.y;
           }
         } else {
 #pragma unroll
