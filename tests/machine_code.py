@@ -165,9 +165,9 @@ class Kernel:
         innermost = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
         return max(innermost, key=lambda loop: sum(i.streams_in for i in self.within(loop)), default=None)
 
-    def product_loop(self, products: int) -> Loop | None:
-        """The smallest loop with at least so many products on tensor cores: that of the tiles of keys."""
-        root = "HGMMA" if self.roots("HGMMA") else "HMMA"
+    def product_loop(self, products: int, root: str | None = None) -> Loop | None:
+        """The smallest loop with at least so many products on tensor cores; by default that of the tiles of keys."""
+        root = root or ("HGMMA" if self.roots("HGMMA") else "HMMA")
         large = [loop for loop in self.loops if sum(i.root == root for i in self.within(loop)) >= products]
         return min(large, key=lambda loop: len(loop.body), default=None)
 

@@ -5,6 +5,7 @@ Needs nvcc, cuobjdump and nvdisasm, and no GPU.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -214,6 +215,22 @@ def test_an_sm_has_room_for_a_window(built: Built, planner, head_dim: int, arch:
     assert (p.refusal, p.threads) == ("", 7 * 32)
     name = f"attention_bwd_window bfloat16 {head_dim}"
     assert sass.blocks_per_sm(arch, p.threads, registers[name], p.shared_bytes) >= 1
+
+
+@needs_tools
+@pytest.mark.slow
+@each_arch
+def test_factors_are_found_in_few_instructions(built: Built, arch: str):
+    """Of the loop over 32 table rows, lookups included: twice as many before rows came by 16 bytes."""
+    seen = 0
+    for kernel in built.kernels[arch]:
+        name, dtype, head_dim = str(kernel).split()[:3] if kernel.attention else ("", "", "0")
+        passing = re.fullmatch("attention_(fwd|bwd_queries)(_sm90)?", name)
+        if passing and dtype in HALF and int(head_dim) <= 96:
+            loop = kernel.product_loop(4 * int(head_dim) // 16, "HMMA")
+            assert loop is not None and len(kernel.within(loop)) <= 10 * 32, f"{kernel}: {loop and len(loop.body)}"
+            seen += 1
+    assert seen >= 18
 
 
 @needs_tools
