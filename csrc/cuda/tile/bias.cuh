@@ -1,7 +1,7 @@
 // bias.cuh - the factors of a tile: factors[m, axis.factor + i] = <q[m], table[index[c(m), i]]>.
 //
 // Queries of a tile use a short range of table rows on each axis, though each query another window of it. So the
-// product of the tile with the whole range is formed, and every element goes to the key that `inverse` names:
+// product of the tile with the whole range is formed, and every element goes to the key that uses that row (rows.cuh):
 //
 //                table rows l, low .. high
 //               +--------------------------+

@@ -1,7 +1,7 @@
 // factors.cuh - the bias of a warp's queries: per line of keys in shared memory, per column in registers.
 //
-// As in bias.cuh, queries times the range of table rows that they use, and every element to the key that `inverse`
-// names. What is kept per line is relative to the largest of its query: softmax does not mind, half precision is then
+// As in bias.cuh, queries times the range of table rows that they use, and every element to the key that uses that row.
+// What is kept per line is relative to the largest of its query: softmax does not mind, half precision is then
 // exact enough where it matters, and nothing overflows.
 #pragma once
 #include "rows.cuh"

@@ -5,10 +5,10 @@
 namespace relpos {
 
 // STEPS steps of a row of which each lane loads its own by itself, 16 bytes at once where it can. Products do not mind
-// in which order their elements are summed, if both operands have the same: lane t takes for its columns
+// in which order their elements are summed, if both operands have the same. Lane t takes for its columns of a step
 //
-//   of 16 elements   4t .. 4t + 3                     two steps, half precision:  8t .. 8t + 3 and 8t + 4 .. 8t + 7 of
-//   32
+//   of 16 elements                     4t .. 4t + 3
+//   of 32 elements of half precision   8t .. 8t + 3 for one step, 8t + 4 .. 8t + 7 for the next
 template <typename T, int STEPS>
 struct RowSteps {
   T of_step[STEPS][4];
