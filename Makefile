@@ -18,14 +18,18 @@ PY     := $(BIN)/python
 PIP    := $(PY) -m pip install -qq --disable-pip-version-check
 CXX_FILES = $$(git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 RECENT_TORCH := import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
+FOLDER := import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])
+SITE   := import sysconfig; print(sysconfig.get_path("purelib"))
 
 .PHONY: venv build test test-all test-integrations canaries demo bench format lint clean
 
-# A PyTorch that python3 has already, as on most machines with a GPU, is used and not fetched again.
+# A PyTorch that python3 has already, as on most machines with a GPU, is used and not fetched again. Where python3 is of
+# an environment itself, its packages are none of the system's: so the folder of PyTorch is named.
 $(BIN)/has-torch:
 	@echo "making $(VENV)"
 	@if $(PYTHON) -c '$(RECENT_TORCH)' 2>/dev/null; \
-	  then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  then $(PYTHON) -m venv --system-site-packages $(VENV) \
+	    && $(PYTHON) -c '$(FOLDER)' > "$$($(PY) -c '$(SITE)')/pytorch.pth"; \
 	  else $(PYTHON) -m venv $(VENV) && { $(PIP) '$(TORCH)' || $(PIP) 'torch>=2.10'; }; fi
 	@touch $@
 
@@ -53,7 +57,7 @@ OTHERS := .venv-integrations
 $(OTHERS)/has-packages: tests/integrations/requirements.txt $(BIN)/has-relpos_cuda
 	@echo "installing models of other libraries into $(OTHERS)"
 	@$(PYTHON) -m venv --clear $$(grep -q '^include-system.*true' $(VENV)/pyvenv.cfg && echo --system-site-packages) $(OTHERS)
-	@$(PY) -c 'import sysconfig as s; print(s.get_path("purelib"))' > "$$($(OTHERS)/bin/python -c 'import sysconfig as s; print(s.get_path("purelib"))')/test-environment.pth"
+	@{ $(PY) -c '$(SITE)'; $(PY) -c '$(FOLDER)'; } > "$$($(OTHERS)/bin/python -c '$(SITE)')/test-environment.pth"
 	@$(OTHERS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r $<
 	@touch $@
 
