@@ -78,10 +78,11 @@ __device__ __forceinline__ void find_ranges(const Shape& s, const int32_t* index
     high = max(high, __shfl_xor_sync(~0u, high, x));
   }
   if (lane != 0) return;
-  ranges[2 * a] = 0, ranges[2 * a + 1] = -1;
+  int* const range = ranges + 2 * a;
+  range[0] = 0, range[1] = -1;
   if (high < 0) return;
-  ranges[2 * a] = row_of(s.axis[a], index, low, s.axis[a].keys - 1);
-  ranges[2 * a + 1] = row_of(s.axis[a], index, high, 0);
+  range[0] = row_of(s.axis[a], index, low, s.axis[a].keys - 1);
+  range[1] = row_of(s.axis[a], index, high, 0);
 }
 
 }  // namespace relpos
