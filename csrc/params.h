@@ -63,8 +63,7 @@ struct LogitsFwdParams : LogitsParams {
   const void* logits = nullptr;  // [rows, N]; may be `out`
   void* out = nullptr;
   FastDiv by_n, by_keys_w, by_keys_h;
-  bool in_two_lines =
-      false;  // 16 bytes of logits lie in two image rows of keys at most, and no class token is among them
+  bool in_two_lines = false;  // 16 bytes of logits lie in two image rows of keys at most; there are no class tokens
 };
 
 struct LogitsBwdParams : LogitsParams {

@@ -74,7 +74,7 @@ __device__ __forceinline__ void stage_product(const LogitsBwdParams& p, int a, i
 #pragma unroll
   for (int u = 0; u < kTableVectors; ++u) {  // those of the 32 rows are neighbours in memory
     const int v = threadIdx.x + u * kThreads;
-    const T* of_row = static_cast<const T*>(p.table) + static_cast<int64_t>(l0) * p.shape.D + v * kVector<T>;
+    const T* of_row = table_row<T>(p.table, p.shape, l0) + v * kVector<T>;
     table[u] = v < (high_row - l0 + 1) * vectors ? *reinterpret_cast<const uint4*>(of_row) : make_uint4(0, 0, 0, 0);
   }
   for (int row0 = warp; row0 < p.block_rows; row0 += kUnroll * kWarps) {

@@ -56,13 +56,11 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
   for (int l0 = low; l0 <= high; l0 += 16) {
     __syncwarp();  // the tile may be overwritten
     copy_rows(table_rows, 16, p.shape.D, lane, 32, table,
-              [&](int row) { return l0 + row <= high ? table + static_cast<int64_t>(l0 + row) * p.shape.D : nullptr; });
+              [&](int row) { return l0 + row <= high ? table_row<T>(p.table, p.shape, l0 + row) : nullptr; });
     cp_async_commit();
     float x[2][4];
     int key[8];
-    find_keys(
-        axis, p.index, high, key, [&](int i) { return origin[i % 4 / 2]; },
-        [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
+    find_keys(axis, p.index, high, key, origin, l0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool counts = is_between(key[i], keys.begin, keys.end);

@@ -46,7 +46,7 @@ template <typename T, int BLOCKS, int D, typename F>
 __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const KeyRange& keys,
                                               const Coordinates* rows, const Tile<T, D>& q, int first, F&& put) {
   constexpr int kAtOnce = sizeof(T) == 2 ? D / 16 : 1;  // steps: in half precision all, and those of the queries stay
-  const int row = threadIdx.x % 32 / 4, two = threadIdx.x % 4 * 2;
+  const int row = threadIdx.x % 32 / 4;
   const Axis& axis = p.shape.axis[a];
   const int origin[2] = {origin_of(axis, rows[first + row].of[a]), origin_of(axis, rows[first + row + 8].of[a])};
   OperandA<T> queries[kAtOnce];
@@ -57,9 +57,7 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
   strip_range(p, a, keys, rows + first, low, high);
   for (int l0 = low; l0 <= high; l0 += 8 * BLOCKS) {
     int key[BLOCKS * 4];
-    find_keys(
-        axis, p.index, high, key, [&](int i) { return origin[i % 4 / 2]; },
-        [&](int i) { return l0 + i / 4 * 8 + two + i % 2; });
+    find_keys(axis, p.index, high, key, origin, l0);
     float acc[BLOCKS][4] = {};
 #pragma unroll(kStepsUnrolled<T, D>)
     for (int step = 0; step < steps_of<T, D>(p.shape.D); step += kAtOnce) {

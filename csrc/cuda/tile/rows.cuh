@@ -55,6 +55,15 @@ __device__ __forceinline__ void find_keys(const Axis& axis, const int32_t* index
   }
 }
 
+// The same of products as tensor cores leave them: of a lane's two queries, and blocks of 8 table rows from l0 on.
+template <int COUNT>
+__device__ __forceinline__ void find_keys(const Axis& axis, const int32_t* index, int high, int (&key)[COUNT],
+                                          const int (&origin)[2], int l0) {
+  find_keys(
+      axis, index, high, key, [&](int i) { return origin[i % 4 / 2]; },
+      [&](int i) { return l0 + i / 4 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; });
+}
+
 // Whether a key is one of begin .. end - 1.
 __device__ __forceinline__ bool is_between(int key, int begin, int end) {
   return static_cast<unsigned>(key - begin) < static_cast<unsigned>(end - begin);
