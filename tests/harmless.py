@@ -3,7 +3,6 @@
 SLOWER = "another way to the same result: slower, or with more reads that bypass no cache"
 ONE_MORE_ROUND = "one more round, over nothing: whatever is beyond counts as zero"
 DROPPED = "computes more than is used, and drops it"
-OTHER_ORDER = "the same sum, rounded differently"
 OVERWRITTEN = "writes where something else is written later"
 SAME = "the same number either way"
 NOT_READ = "the address of what is not read"
@@ -68,7 +67,6 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "tile/bias.cuh: v0 < vectors -> v0 <= vectors": ONE_MORE_ROUND,
     "tile/bias.cuh: p.whole_vectors_of_q -> false": SLOWER,
     "tile/copy.cuh: aligned -> false": SLOWER,
-    "tile/long_sum.cuh: (next - sum) - missing -> 0.f": OTHER_ORDER,
     "tile/factor_gradients.cuh: line * ld + row -> line * ld + row + 1": MOVED,
     "tile/factor_gradients.cuh: l0 <= high -> l0 <= high + 1": ONE_MORE_ROUND,
     "tile/factor_gradients.cuh: ends_before<T>(d, p.shape.D) -> false": SLOWER,

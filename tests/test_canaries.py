@@ -41,7 +41,7 @@ OF_SM90 = (
 )
 SOON = {  # file: pytest's -k, together with RUN
     "test_logits.py": f"({NAMES}) and not (longer or one_row)",
-    "test_attention.py": f"lse or asked or saved or tiny and ({SMALL})",
+    "test_attention.py": f"lse or asked or saved or many_keys or tiny and ({SMALL})",
     "test_attention_window.py": "asked or two_kernels and (interpol or finer) "
     f"or test_windows and ({WINDOWS}) or test_forward and ({FORWARD})",
     "test_attention_sm90.py": f"layouts or which_kernels or test_values and ({OF_SM90})",
