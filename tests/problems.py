@@ -85,7 +85,7 @@ TINY = [
     same("two_class_tokens", 4, 5, 24, batch=2, prefix=2),
     Problem("class_tokens_fill_a_tile", (2, 3), (3, 2), 8, prefix=70),
     same("interpolated", 10, 6, 16, table=27),
-    Problem("keys_fewer", (8, 6), (4, 3), 16),
+    Problem("keys_fewer", (8, 20), (2, 5), 16),
     Problem("keys_more", (3, 4), (6, 8), 40, prefix=1),
     Problem("fraction_9x7_5x3", (9, 7), (5, 3), 16),
     Problem("axes_disagree", (8, 2), (2, 8), 24, batch=2),

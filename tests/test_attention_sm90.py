@@ -34,7 +34,7 @@ SMALL = [  # D up to 64 and no tile of 48: emulator.FEW_KERNELS
     same("ragged_5x13", 5, 13, 48, batch=2),
     same("line_of_5", 7, 5, 16, batch=4, heads=3),
     same("interpolated", 5, 12, 40, table=27),
-    Problem("two_blocks_of_queries", (9, 15), (3, 4), 32),
+    Problem("two_blocks_of_queries", (8, 20), (2, 5), 32),
     Problem("lines_past_the_end", (3, 4), (5, 14), 56, batch=4),
     Problem("two_spans", (2, 5), (3, 76), 24, batch=2),
     Problem("video", (2, 3, 11), (3, 4, 11), 32),

@@ -37,6 +37,7 @@ FORWARD = [  # of what the backward takes no window
     Problem("class_tokens_fill_a_step", (3, 4), (3, 5), 16, prefix=37),
     Problem("mvitv2", (9, 15), (7, 7), 96, heads=1, prefix=1),
     Problem("many_queries", (20, 30), (3, 10), 8, heads=1),
+    Problem("four_queries_per_key", (8, 36), (2, 9), 24, prefix=1),
     Problem("video_and_class_token", (2, 3, 4), (2, 3, 5), 24, prefix=1, table=9),
 ]
 NO_WINDOWS = [  # small lines, all the same

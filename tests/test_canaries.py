@@ -32,9 +32,9 @@ from simt import toolchain
 from simt.toolchain import ADDRESS, PLAIN, THREAD, Sanitizer
 
 NAMES = "tiny or misaligned or table_gradients or finite or asked"
-SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or spans"  # D <= 64, as emulator.FEW_KERNELS
+SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or fewer or spans"  # D <= 64, as emulator.FEW_KERNELS
 WINDOWS = "one_line or interpol or one_pass or finer or video"
-FORWARD = "line_of_8 or class_token or many_queries or too_many_and"
+FORWARD = "line_of_8 or class_token or many_queries or four_queries or too_many_and"
 OF_SM90 = (
     "line_of_33 or round_the or ragged or interpol or two_blocks or past_the_end or two_spans- or video "
     "or no_box or line_of_100 or class_token"
@@ -62,7 +62,7 @@ SILENT = (SOON if EVERYTHING else SANITIZED) | {
 }
 LATER = {
     "test_logits.py": "random or strides or tiny and (longer or one_row)",
-    "test_attention.py": f"large_bias or huge or whole_table or scale or saved or tiny and ({SMALL} or axes or fewer)",
+    "test_attention.py": f"large_bias or huge or whole_table or scale or saved or tiny and ({SMALL} or axes)",
     "test_attention_layouts.py": "strides",
     "test_attention_window.py": f"extremes or packed or {WINDOWS} or 13x13",
     "test_attention_sm90.py": f"extremes or layouts or other or {OF_SM90}",

@@ -48,19 +48,15 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
                                                    float (&dq)[1][D / 8][4], F&& gradient) {
   const T* table = static_cast<const T*>(p.table);
   const int lane = threadIdx.x % 32;
-  const Axis& axis = p.shape.axis[a];
-  const int origin[2] = {origin_of(axis, rows[first + lane / 4].of[a]),
-                         origin_of(axis, rows[first + lane / 4 + 8].of[a])};
-  int low, high;
-  strip_range(p, a, keys, rows + first, low, high);
-  for (int l0 = low; l0 <= high; l0 += 16) {
+  const UsedRows used(p, a, keys, rows + first);
+  for (int i0 = 0; i0 <= used.last; i0 += 16) {
     __syncwarp();  // the tile may be overwritten
     copy_rows(table_rows, 16, p.shape.D, lane, 32, table,
-              [&](int row) { return l0 + row <= high ? table_row<T>(p.table, p.shape, l0 + row) : nullptr; });
+              [&](int i) { return i0 + i <= used.last ? used.row<T>(p, i0 + i) : nullptr; });
     cp_async_commit();
     float x[2][4];
     int key[8];
-    find_keys(axis, p.index, high, key, origin, l0);
+    used.find_keys(p.index, key, i0);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool counts = is_between(key[i], keys.begin, keys.end);

@@ -20,21 +20,46 @@ struct KeyRange {
   int begin, end;
 };
 
-// The table rows that 16 queries use for these keys of an axis: low > high if none has a bias.
-__device__ __forceinline__ void strip_range(const AttentionParams& p, int a, const KeyRange& keys,
-                                            const Coordinates* rows, int& low, int& high) {
-  const Axis& axis = p.shape.axis[a];
-  const int c = rows[threadIdx.x % 16].of[a];
-  int least = c < 0 ? axis.queries : c, most = c;
-  for (int x = 8; x; x /= 2) {
-    least = min(least, __shfl_xor_sync(~0u, least, x));
-    most = max(most, __shfl_xor_sync(~0u, most, x));
+// The table rows that 16 queries use for these keys of an axis: first + (i << step) for i = 0 .. last, none if no query
+// has a bias. What finer queries of one coordinate do not use is left out.
+struct UsedRows {
+  int first = 0, last = -1, step = 0;
+  int k_shift, origin[2];  // as those of the axis and of a lane's two queries, with i as the row
+
+  __device__ __forceinline__ UsedRows(const AttentionParams& p, int a, const KeyRange& keys, const Coordinates* rows) {
+    const Axis& axis = p.shape.axis[a];
+    const int lane = threadIdx.x % 32, c = rows[lane % 16].of[a];
+    int least = c < 0 ? axis.queries : c, most = c;
+    for (int x = 8; x; x /= 2) {
+      least = min(least, __shfl_xor_sync(~0u, least, x));
+      most = max(most, __shfl_xor_sync(~0u, most, x));
+    }
+    if (most >= 0) {
+      first = row_of(axis, p.index, least, keys.end - 1);
+      step = least == most ? max(axis.k_shift, 0) : 0;
+      last = (row_of(axis, p.index, most, keys.begin) - first) >> step;
+    }
+    k_shift = axis.k_shift - step;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int of_query = origin_of(axis, rows[lane / 4 + half * 8].of[a]);
+      origin[half] = axis.k_shift >= 0 ? (of_query - first) >> step : of_query < 0 ? -1 : of_query + first;
+    }
   }
-  low = 0, high = -1;
-  if (most < 0) return;
-  low = row_of(axis, p.index, least, keys.end - 1);
-  high = row_of(axis, p.index, most, keys.begin);
-}
+  // Rows past the last count as that one.
+  template <typename T>
+  __device__ __forceinline__ const T* row(const AttentionParams& p, int i) const {
+    const uint32_t width = p.shape.D << step;
+    return table_row<T>(p.table, p.shape, first) + uint64_t{static_cast<uint32_t>(min(i, last))} * width;
+  }
+  // Of products with rows i0 and on, as tensor cores leave them, in blocks of 8.
+  template <int COUNT>
+  __device__ __forceinline__ void find_keys(const int32_t* index, int (&key)[COUNT], int i0) const {
+    relpos::find_keys(
+        *this, index, last, key, [&](int i) { return origin[i % 4 / 2]; },
+        [&](int i) { return i0 + i / 4 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; });
+  }
+};
 
 // Blocks of 8 table rows that share operands of q, and a wait for memory: as many as there are registers for.
 template <int D>
@@ -47,24 +72,20 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
                                               const Coordinates* rows, const Tile<T, D>& q, int first, F&& put) {
   constexpr int kAtOnce = sizeof(T) == 2 ? D / 16 : 1;  // steps: in half precision all, and those of the queries stay
   const int row = threadIdx.x % 32 / 4;
-  const Axis& axis = p.shape.axis[a];
-  const int origin[2] = {origin_of(axis, rows[first + row].of[a]), origin_of(axis, rows[first + row + 8].of[a])};
   OperandA<T> queries[kAtOnce];
   if constexpr (sizeof(T) == 2)
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) queries[i].template load_spread<kAtOnce>(q, first, i);
-  int low, high;
-  strip_range(p, a, keys, rows + first, low, high);
-  for (int l0 = low; l0 <= high; l0 += 8 * BLOCKS) {
+  const UsedRows used(p, a, keys, rows + first);
+  for (int i0 = 0; i0 <= used.last; i0 += 8 * BLOCKS) {
     int key[BLOCKS * 4];
-    find_keys(axis, p.index, high, key, origin, l0);
+    used.find_keys(p.index, key, i0);
     float acc[BLOCKS][4] = {};
 #pragma unroll(kStepsUnrolled<T, D>)
     for (int step = 0; step < steps_of<T, D>(p.shape.D); step += kAtOnce) {
       RowSteps<T, kAtOnce> table_rows[BLOCKS];
 #pragma unroll
-      for (int n = 0; n < BLOCKS; ++n)  // past `high` the same again
-        table_rows[n].load(table_row<T>(p.table, p.shape, min(l0 + n * 8 + row, high)), step * 16, p.shape.D);
+      for (int n = 0; n < BLOCKS; ++n) table_rows[n].load(used.row<T>(p, i0 + n * 8 + row), step * 16, p.shape.D);
       if constexpr (sizeof(T) == 4) queries[0].template load_spread<1>(Tile<T, D>{q.at(0, step * 16)}, first, 0);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)

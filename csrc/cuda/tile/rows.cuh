@@ -38,10 +38,10 @@ __device__ __forceinline__ int origin_of(const Axis& axis, int c) {
 // key[i]: that for which the query coordinate with origin(i) uses table row l(i); if there is none, something outside
 // of 0 .. keys - 1. `high`: the last row that counts; keys of those past it lie before those that count, or outside.
 // What must be looked up is asked for at once.
-template <int COUNT, typename Origin, typename L>
-__device__ __forceinline__ void find_keys(const Axis& axis, const int32_t* index, int high, int (&key)[COUNT],
+template <int COUNT, typename Rows, typename Origin, typename L>
+__device__ __forceinline__ void find_keys(const Rows& of, const int32_t* index, int high, int (&key)[COUNT],
                                           Origin&& origin, L&& l) {
-  if (axis.k_shift < 0) {
+  if (of.k_shift < 0) {
 #pragma unroll
     for (int i = 0; i < COUNT; ++i) key[i] = (origin(i) >= 0) & (l(i) <= high) ? index[origin(i) + l(i)] : -1;
     return;
@@ -51,17 +51,8 @@ __device__ __forceinline__ void find_keys(const Axis& axis, const int32_t* index
     // As a multiple of the step between keys. What is negative, or no multiple, becomes more than any key, or negative:
     // bits that are shifted out return at the top.
     const auto down = static_cast<unsigned>(origin(i) - l(i));
-    key[i] = static_cast<int>(__funnelshift_r(down, down, axis.k_shift));
+    key[i] = static_cast<int>(__funnelshift_r(down, down, of.k_shift));
   }
-}
-
-// The same of products as tensor cores leave them: of a lane's two queries, and blocks of 8 table rows from l0 on.
-template <int COUNT>
-__device__ __forceinline__ void find_keys(const Axis& axis, const int32_t* index, int high, int (&key)[COUNT],
-                                          const int (&origin)[2], int l0) {
-  find_keys(
-      axis, index, high, key, [&](int i) { return origin[i % 4 / 2]; },
-      [&](int i) { return l0 + i / 4 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2; });
 }
 
 // Whether a key is one of begin .. end - 1.
