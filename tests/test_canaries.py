@@ -32,7 +32,7 @@ from simt import toolchain
 from simt.toolchain import ADDRESS, PLAIN, THREAD, Sanitizer
 
 NAMES = "tiny or misaligned or table_gradients or finite or asked"
-SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or fewer or spans"  # D <= 64, as emulator.FEW_KERNELS
+SMALL = "5x13_mma or 8x8 or video or class_tok or fraction or more or fewer or spans"  # D as emulator.FEW_KERNELS
 WINDOWS = "one_line or interpol or one_pass or finer or video"
 FORWARD = "line_of_8 or class_token or many_queries or four_queries or too_many_and"
 OF_SM90 = (
