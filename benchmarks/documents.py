@@ -25,7 +25,10 @@ TABLE = re.compile(r"(<!-- table: (\w+) (.+?) -->\n).*?(<!-- end of table -->)",
 
 # What ours is compared with, as the heading shows it; those that a file lacks are left out.
 COLUMNS = {
-    "logits": ("eager", "eager, in place", "compiled", "bare `add_(1)`"),
+    "logits": (
+        *("ours, out of place", "eager", "eager, in place", "compiled"),
+        *("bare `add_(1)`", "bare `add(1)`"),
+    ),
     "attention": (
         *("sdpa, dense bias", "sdpa, dense bias, efficient", "sdpa, dense bias, cudnn", "eager", "eager, SAM"),
         *("eager, HF", "compiled", "flex", "concat", "concat, cudnn"),

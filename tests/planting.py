@@ -46,7 +46,7 @@ SLIPS = [
     ("tile/rows.cuh", "head * p.q.head", "0"),
     ("tile/rows.cuh", "s.axis[a].keys - 1", "0"),
     ("tile/rows.cuh", "c * axis.origin_step", "c"),
-    ("tile/rows.cuh", "__funnelshift_r(down, down, axis.k_shift)", "down >> axis.k_shift"),
+    ("tile/rows.cuh", "__funnelshift_r(down, down, of.k_shift)", "down >> of.k_shift"),
     ("tile/row_steps.cuh", "step % 2 * 4", "0"),
     ("tile/mma.cuh", "from_float<T>(x - to_float(high))", "from_float<T>(0.f)"),
     ("tile/mma.cuh", "lane / 4 + e / 2 * 8", "lane / 4"),
