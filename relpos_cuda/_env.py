@@ -110,12 +110,6 @@ CPU_ISA = Variable(
     _one_of("baseline", "avx2", "avx512", "avx512_bf16"),
     "the best the processor has",
 )
-HUGE_PAGES = Variable(
-    "RELPOS_CUDA_HUGE_PAGES",
-    "1",
-    "0: results of 4 MiB and more, on a CPU under Linux, are not asked for in huge pages.",  # read by csrc/cpu, too
-    _one_of("0", "1"),
-)
 WGMMA = Variable(
     "RELPOS_CUDA_WGMMA",
     "0",
@@ -145,7 +139,6 @@ ALL: tuple[Variable[Any], ...] = (
     CXXFLAGS,
     NVCCFLAGS,
     CPU_ISA,
-    HUGE_PAGES,
     WGMMA,
     ARCH_LIST,
     MAX_JOBS,

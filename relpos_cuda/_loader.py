@@ -22,8 +22,7 @@ from ._build import BuildError
 
 _PREBUILT = Path(__file__).resolve().parent / "_prebuilt"
 _TITLES = {"plan": "planner", "cpu": "CPU library", "cuda": "CUDA library"}
-# What they read themselves, without a word.
-_READ_BY = {"plan": (), "cpu": (_env.CPU_ISA, _env.HUGE_PAGES), "cuda": (_env.WGMMA,)}
+_READ_BY = {"plan": (), "cpu": (_env.CPU_ISA,), "cuda": (_env.WGMMA,)}  # what they read themselves, without a word
 
 
 @dataclass(frozen=True)

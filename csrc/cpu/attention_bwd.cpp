@@ -18,7 +18,6 @@
 //            in fixed slices of tasks. The number of threads changes nothing.
 #include "../boundary.h"
 #include "attention.h"
-#include "pages.h"
 
 namespace relpos {
 namespace {
@@ -232,8 +231,6 @@ void attention_bwd(std::optional<Tensor> dq, std::optional<Tensor> dk, std::opti
     if (dtable) std::memset(dtable->mutable_data_ptr(), 0, dtable->numel() * bytes_of(dtype_of("dtable", *dtable)));
     return;
   }
-  for (const auto* d : {&dq, &dk, &dv})
-    if (*d) ask_for_huge_pages(**d);
   with_element(q, [&](auto element) {
     using E = decltype(element);
     using C = Sum<E>;

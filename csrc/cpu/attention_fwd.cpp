@@ -18,7 +18,6 @@
 //            e^(largest before - largest now). Everything of one tile is done by one thread.
 #include "../boundary.h"
 #include "attention.h"
-#include "pages.h"
 
 namespace relpos {
 namespace {
@@ -99,7 +98,6 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, const Tensor& q, const
              out_rows = rows_like("out", out, q, s, s.M());
   if (lse) check_buffer("lse", *lse, q, wide_type_of(q), s.rows());
   if (s.groups == 0) return;
-  ask_for_huge_pages(out);
   with_element(q, [&](auto element) {
     using E = decltype(element);
     using C = Sum<E>;

@@ -11,7 +11,6 @@
 
 #include "../boundary.h"
 #include "factors.h"
-#include "pages.h"
 
 namespace relpos {
 namespace {
@@ -151,7 +150,6 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
   check_logits("out", out, s, q);
   check_buffer("attn", logits, q, out.scalar_type(), out.numel());
   if (s.groups == 0) return;
-  if (out.const_data_ptr() != logits.const_data_ptr()) ask_for_huge_pages(out);
   with_element(q, [&](auto element) {
     forward(problem<decltype(element)>(s, strides, q, out), out, logits, table, index.const_data_ptr<int32_t>());
   });
@@ -170,7 +168,6 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
     if (dtable) std::memset(dtable->mutable_data_ptr(), 0, dtable->numel() * bytes_of(dtype_of("dtable", *dtable)));
     return;
   }
-  if (dq) ask_for_huge_pages(*dq);
   with_element(q, [&](auto element) {  // gradients of factors are numbers, and so is what they multiply
     backward(problem<Sum<decltype(element)>>(s, strides, q, grad), grad, dq, dtable, table,
              index.const_data_ptr<int32_t>());
