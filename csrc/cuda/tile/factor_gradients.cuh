@@ -51,8 +51,7 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
   const UsedRows used(p, a, keys, rows + first);
   for (int i0 = 0; i0 <= used.last; i0 += 16) {
     __syncwarp();  // the tile may be overwritten
-    copy_rows(table_rows, 16, p.shape.D, lane, 32, table,
-              [&](int i) { return i0 + i <= used.last ? used.row<T>(p, i0 + i) : nullptr; });
+    copy_rows(table_rows, 16, p.shape.D, lane, 32, table, [&](int i) { return used.row<T>(p, i0 + i); });
     cp_async_commit();
     float x[2][4];
     int key[8];
