@@ -78,7 +78,6 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "tile/query_gradients.cuh: p.keys.line_of[j] == 0 -> true": SAME,
     "tile/query_gradients.cuh: p.dq.data == nullptr -> false": SLOWER,
     "tile/factor_gradients.cuh: p.shape.axis[kT].rows -> true": SLOWER,
-    "tile/row_steps.cuh: step / 2 * 2 + 1 < STEPS -> false": SLOWER,
     "tile/rows.cuh: axis.k_shift < 0 -> true | return index": SLOWER,
     "tile/rows.cuh: i < count -> i <= count | blockDim.x": OVERWRITTEN,
     "tile/rows.cuh: s.axis[a].rows == 0 -> false": OVERWRITTEN,

@@ -122,14 +122,16 @@ def test_the_library_loads(built: Built):
 @pytest.mark.skipif(bool(sass.no_nvcc()), reason=sass.no_nvcc())
 @pytest.mark.skipif(not EVERYTHING, reason="`make test-all` builds for them")
 def test_other_architectures():
-    """With one head dimension of the attention."""
-    library = sass.library(sass.OTHER_ARCHS, dict.fromkeys(sass.HEAD_DIMS, (64,)))
+    """With head dimensions of the attention of an even and an odd number of steps."""
+    library = sass.library(sass.OTHER_ARCHS, dict.fromkeys(sass.HEAD_DIMS, (64, 80)))
     assert_it_loads(library, sass.OTHER_ARCHS)
     log = (library.parent / "ptxas.log").read_text()
     usage = sass.usage_of(log)
     assert len(usage) == log.count("Compiling entry function") > 0
     assert {u.arch for u in usage} == set(sass.OTHER_ARCHS)
-    assert [f"{u.mangled} on sm_{u.arch}: {u.memory}" for u in usage if u.local_bytes] == []
+    few_words = "attention_bwd_window_kernelI\\w+Li80E"  # of sm_100 and 120, outside of its loops over keys
+    local = [u for u in usage if u.local_bytes > (40 if re.search(few_words, u.mangled) else 0)]
+    assert [f"{u.mangled} on sm_{u.arch}: {u.memory}" for u in local] == []
     assert sass.complaints(log) == []
 
 

@@ -108,7 +108,7 @@ struct AttentionFwdWindow {
       start_lines(bias, lines, i, score[0], line[0]);
       absorb(mine, queries, score, line, k, v, row, pair, next);
     }
-    mine.store(p, place, 0, first, lines.largest, q());
+    mine.store(p, place, 0, static_cast<int>(afresh(first)), lines.largest, q());
   }
 };
 

@@ -54,9 +54,7 @@ __device__ __forceinline__ void add_table_rows(float (&acc)[BLOCKS][4], const Lo
     load_spread_rows<STEPS>(q_regs, q_smem + d, p.q_ld, step);
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n) {
-      uint32_t table_regs[2];
-      memcpy(table_regs, rows[n].of_step[step], sizeof table_regs);
-      mma_m16n8k16<T>(acc[n], q_regs, table_regs);
+      mma_m16n8k16<T>(acc[n], q_regs, rows[n].of_step[step]);
     }
   }
 }

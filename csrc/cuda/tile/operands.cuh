@@ -122,16 +122,18 @@ struct OperandB {
   uint32_t pairs[2];
 
   // A step of row g.
-  __device__ __forceinline__ void set_row(const T (&row)[4]) { memcpy(pairs, row, sizeof pairs); }
+  __device__ __forceinline__ void set_row(const uint32_t (&row)[2]) { pairs[0] = row[0], pairs[1] = row[1]; }
 };
 
 template <>
 struct OperandB<float> {
   SplitPairs<2> pairs;
 
-  __device__ __forceinline__ void set_row(const float (&row)[4]) {
+  __device__ __forceinline__ void set_row(const uint32_t (&row)[4]) {
+    float x[4];
+    memcpy(x, row, sizeof x);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) pairs.set(i, row[2 * i], row[2 * i + 1]);
+    for (int i = 0; i < 2; ++i) pairs.set(i, x[2 * i], x[2 * i + 1]);
   }
 };
 

@@ -153,8 +153,9 @@ struct QueryGradients {
                                       const Tile<T, D>& q) {
     end_lines(p, block, rows, bias.first, dlines, stage, table_rows, dq);
     if (p.dq.data == nullptr) return;
-    put_strip(q, bias.first, dq[0], p.scale);
-    store_queries(q, bias.first, p, block, p.dq);
+    const int first = static_cast<int>(afresh(bias.first));
+    put_strip(q, first, dq[0], p.scale);
+    store_queries(q, first, p, block, p.dq);
   }
 };
 

@@ -11,28 +11,30 @@ namespace relpos {
 //   of 32 elements of half precision   8t .. 8t + 3 for one step, 8t + 4 .. 8t + 7 for the next
 template <typename T, int STEPS>
 struct RowSteps {
-  T of_step[STEPS][4];
+  uint32_t of_step[STEPS][sizeof(T)];  // four elements, as words
 
-  // How many steps, from this one on, lie in one piece; and where in the row those of this lane do.
-  __device__ __forceinline__ static int at_once(int step) { return sizeof(T) == 2 && step / 2 * 2 + 1 < STEPS ? 2 : 1; }
+  // Where in the row the columns of a step lie that this lane has.
   __device__ __forceinline__ static int column(int step) {
     const int lane = threadIdx.x % 4;
-    return at_once(step) == 2 ? step / 2 * 32 + lane * 8 + step % 2 * 4 : step * 16 + lane * 4;
+    const bool of_two = sizeof(T) == 2 && step / 2 * 2 + 1 < STEPS;  // in one piece
+    return of_two ? step / 2 * 32 + lane * 8 + step % 2 * 4 : step * 16 + lane * 4;
   }
   // From element d of a row on; zeros past its width.
   __device__ __forceinline__ void load(const T* row, int d, int width) {
+    constexpr int kAtOnce = 4 / sizeof(T);
 #pragma unroll
-    for (int step = 0; step < STEPS; step += at_once(step))
-      if (at_once(step) * sizeof(T) == 4)
-        load_piece<uint4>(step, row, d + column(step), width);
-      else
-        load_piece<uint2>(step, row, d + column(step), width);
+    for (int step = 0; step + kAtOnce <= STEPS; step += kAtOnce) load_piece<uint4>(step, row, d + column(step), width);
+    if constexpr (STEPS % kAtOnce != 0) load_piece<uint2>(STEPS - 1, row, d + column(STEPS - 1), width);
   }
   template <typename V>
   __device__ __forceinline__ void load_piece(int step, const T* row, int own, int width) {
+    constexpr int kWords = sizeof(V) / 4;
     V piece = {};
     if (own < width) piece = *reinterpret_cast<const V*>(row + own);
-    memcpy(static_cast<void*>(of_step[step]), &piece, sizeof piece);
+    uint32_t words[kWords];
+    memcpy(words, &piece, sizeof piece);
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) of_step[step + i / sizeof(T)][i % sizeof(T)] = words[i];
   }
 };
 
