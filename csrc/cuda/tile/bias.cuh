@@ -53,9 +53,7 @@ __device__ __forceinline__ void add_table_rows(float (&acc)[BLOCKS][4], const Lo
     uint32_t q_regs[4];
     load_spread_rows<STEPS>(q_regs, q_smem + d, p.q_ld, step);
 #pragma unroll
-    for (int n = 0; n < BLOCKS; ++n) {
-      mma_m16n8k16<T>(acc[n], q_regs, rows[n].of_step[step]);
-    }
+    for (int n = 0; n < BLOCKS; ++n) mma_m16n8k16<T>(acc[n], q_regs, rows[n].of_step[step]);
   }
 }
 

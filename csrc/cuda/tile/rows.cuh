@@ -37,7 +37,7 @@ __device__ __forceinline__ int origin_of(const Axis& axis, int c) {
 
 // key[i]: that for which the query coordinate with origin(i) uses table row l(i); if there is none, something outside
 // of 0 .. keys - 1. `high`: the last row that counts; keys of those past it lie before those that count, or outside.
-// What must be looked up is asked for at once.
+// What must be looked up is asked for at once. `of`: an axis, or what has a k_shift as an axis has.
 template <int COUNT, typename Rows, typename Origin, typename L>
 __device__ __forceinline__ void find_keys(const Rows& of, const int32_t* index, int high, int (&key)[COUNT],
                                           Origin&& origin, L&& l) {
