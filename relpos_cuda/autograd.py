@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _fallback, _fallback_attention, _ops, support, tables
 from ._fallback import accumulation_dtype
@@ -18,10 +20,22 @@ _TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy .
 _QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
 
 
+def _without_defaults(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Has ``apply`` pass the arguments on as they are.
+
+    It binds them to the names of ``forward`` on every call, for defaults that these have not, which takes longer than
+    everything else that the host does for a call.
+    """
+    whatever = inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)
+    forward.__signature__ = inspect.Signature([whatever])  # type: ignore[attr-defined]
+    return forward
+
+
 class AddDecomposedRelPos(torch.autograd.Function):
     """``attn + bias(q, table)``; the gradient of ``attn`` is the incoming one, untouched and not copied."""
 
     @staticmethod
+    @_without_defaults
     def forward(
         attn: Tensor,  # [..., M, N]
         q: Tensor,  # [B, heads, M, D] or [G, M, D]
@@ -77,6 +91,7 @@ class AttentionFunction(torch.autograd.Function):
     """``softmax(scale * q k^T + bias(q, table)) v`` and its log-sum-exp, which is None unless gradients are wanted."""
 
     @staticmethod
+    @_without_defaults
     def forward(
         q: Tensor,  # [B, heads, M, D] or [G, M, D]
         k: Tensor,  # [.., N, D]
@@ -150,6 +165,7 @@ class _Once(torch.autograd.Function):
     """
 
     @staticmethod
+    @_without_defaults
     def forward(gradients: Gradients, static: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor | None, ...]:
         return gradients(*static, *tensors)
 
@@ -171,9 +187,15 @@ def _once(gradients: Gradients, static: tuple[Any, ...], *tensors: Tensor) -> tu
 def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others: Any) -> Tensor:
     """The output alone; nothing is saved where no gradient can be asked for."""
     needs = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, table))
-    needs = needs or torch._C._are_functorch_transforms_active()  # an outer transform's tensors do not say
-    out, _ = AttentionFunction.apply(q, k, v, table, *others, needs)
+    needs = needs or _is_transformed()
+    run = AttentionFunction.apply if needs else AttentionFunction.forward  # which takes half as long
+    out, _ = run(q, k, v, table, *others, needs)
     return out
+
+
+def _is_transformed() -> bool:
+    """Whether tensors may have derivatives that their requires_grad does not tell of, in reverse or forward mode."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _empty_by_tokens(like: Tensor) -> Tensor:

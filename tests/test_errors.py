@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import relpos_cuda
 
@@ -235,6 +237,18 @@ def test_second_derivatives_are_refused(op: str, of: str, way: str, nonlinear: b
     torch.func.grad(loss)(arguments[of])  # the first is given
     with pytest.raises(RuntimeError, match="relpos_cuda: second derivatives are not supported"):
         SECOND_DERIVATIVES[way](loss, arguments[of])
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("of", ["q", "rel_pos_w"])
+@pytest.mark.parametrize("op", OPS)
+def test_forward_mode_is_refused(op: str, of: str, mode: Callable[[], AbstractContextManager]):
+    """Tangents are not dropped, whatever is not recorded for the backward."""
+    arguments = OPS[op]()
+    with mode(), forward_ad.dual_level():
+        arguments[of] = forward_ad.make_dual(arguments[of], torch.ones_like(arguments[of]))
+        with pytest.raises(NotImplementedError, match="jvp"):
+            getattr(relpos_cuda, op)(**arguments)
 
 
 def test_gradients_that_are_recorded_are_the_same():

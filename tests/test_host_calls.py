@@ -1,0 +1,58 @@
+"""What the host does for a call: on a GPU, small layers wait for it. Counted; time is another on every machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import relpos_cuda
+from problems import call, call_attention, draw, draw_attention, same
+
+PROBLEM = same("small", 2, 2, 8)
+
+
+def calls_of(function: Callable[[], Any]) -> list[str]:
+    """Names of all functions that this calls, in Python and from Python, when nothing is new to it."""
+    names = []
+
+    def note(frame: Any, event: str, of: Any) -> None:
+        if event == "call":
+            names.append(frame.f_code.co_name)
+        elif event == "c_call":
+            names.append(getattr(of, "__name__", str(of)))
+
+    function()
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return names
+
+
+def test_attention(real_device: str):
+    inputs = draw_attention(PROBLEM, torch.float32).leaves(torch.float32, real_device)
+
+    def forward() -> torch.Tensor:
+        return call_attention(relpos_cuda.rel_pos_attention, PROBLEM, inputs)
+
+    with torch.no_grad():
+        calls = calls_of(forward)
+    assert "apply" not in calls, "nothing is to be saved, so autograd need not be asked"
+    assert len(calls) <= 165, calls
+    calls = calls_of(forward)
+    assert "apply" in calls
+    assert len(calls) <= 250, calls
+    if real_device == "cpu":  # elsewhere it has a thread of its own
+        grad = torch.ones_like(forward())
+        calls = calls_of(lambda: torch.autograd.backward(forward(), grad))
+        assert len(calls) <= 350, calls
+
+
+def test_logits(real_device: str):
+    attn, q, *tables = draw(PROBLEM, torch.float32).leaves(torch.float32, real_device)
+    calls = calls_of(lambda: call(relpos_cuda.add_decomposed_rel_pos, PROBLEM, attn, q, tables))
+    assert len(calls) <= 210, calls
