@@ -34,7 +34,7 @@ def check_grids(
 
 
 def check_grid(name: str, size: Sequence[int], axes: Sequence[int], wanted: str) -> tables.Grid:
-    if isinstance(size, Tensor) or not isinstance(size, Sequence) or len(size) not in axes:
+    if not isinstance(size, (tuple, Sequence)) or len(size) not in axes:
         raise ValueError(f"{name} must be {wanted}, got {size!r}")
     return tuple(check_size(f"{name}[{a}]", n) for a, n in enumerate(size))
 
@@ -50,8 +50,8 @@ def check_table(name: str, table: Tensor, q: Tensor | None) -> None:
     check_tensor(name, table)
     if table.dtype not in _DTYPES:
         raise TypeError(f"{name} must be floating point, got {table.dtype}")
-    wanted = "[L, D]" if q is None else f"[L, {q.shape[-1]}]"
     if table.dim() != 2 or table.numel() == 0 or (q is not None and table.shape[1] != q.shape[-1]):
+        wanted = "[L, D]" if q is None else f"[L, {q.shape[-1]}]"
         raise ValueError(f"{name} must be {wanted}, got {list(table.shape)}")
     if q is None:
         return
@@ -103,14 +103,15 @@ def check_logits(attn: Tensor, q: Tensor, rows: int, columns: int) -> None:
 def check_keys(name: str, keys: Tensor, q: Tensor, columns: int) -> Tensor:
     """``k`` or ``v`` as autocast wants it, against queries that are checked and as autocast wants them."""
     check_tensor(name, keys)
-    keys = keys.to(autocast_dtype(keys))
+    if keys.dtype != q.dtype:
+        keys = keys.to(autocast_dtype(keys))
     if keys.dtype != q.dtype:
         raise TypeError(f"{name} must be {q.dtype} like q, got {keys.dtype}")
     if keys.device != q.device:
         raise ValueError(f"{name} must be on {q.device} like q, got {keys.device}")
-    wanted = [*q.shape[:-2], columns, q.shape[-1]]
-    if list(keys.shape) != wanted:
-        raise ValueError(f"{name} must be {wanted} to go with q and k_size, got {list(keys.shape)}")
+    wanted = (*q.shape[:-2], columns, q.shape[-1])
+    if keys.shape != wanted:
+        raise ValueError(f"{name} must be {list(wanted)} to go with q and k_size, got {list(keys.shape)}")
     return keys
 
 
@@ -137,5 +138,6 @@ def _is_autocast_enabled(t: Tensor) -> bool:
 
 def autocast(q: Tensor, tables_by_axis: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """Queries and tables as autocast wants them; float32 tables stay, since the ops round them."""
-    q = q.to(autocast_dtype(q))
-    return q, [t if t.dtype == torch.float32 else t.to(q.dtype) for t in tables_by_axis]
+    wanted = autocast_dtype(q)
+    q = q if q.dtype == wanted else q.to(wanted)
+    return q, [t if t.dtype in (torch.float32, wanted) else t.to(wanted) for t in tables_by_axis]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
+import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -20,22 +21,10 @@ _TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy .
 _QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
 
 
-def _without_defaults(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Has ``apply`` pass the arguments on as they are.
-
-    It binds them to the names of ``forward`` on every call, for defaults that these have not, which takes longer than
-    everything else that the host does for a call.
-    """
-    whatever = inspect.Parameter("inputs", inspect.Parameter.VAR_POSITIONAL)
-    forward.__signature__ = inspect.Signature([whatever])  # type: ignore[attr-defined]
-    return forward
-
-
 class AddDecomposedRelPos(torch.autograd.Function):
     """``attn + bias(q, table)``; the gradient of ``attn`` is the incoming one, untouched and not copied."""
 
     @staticmethod
-    @_without_defaults
     def forward(
         attn: Tensor,  # [..., M, N]
         q: Tensor,  # [B, heads, M, D] or [G, M, D]
@@ -91,7 +80,6 @@ class AttentionFunction(torch.autograd.Function):
     """``softmax(scale * q k^T + bias(q, table)) v`` and its log-sum-exp, which is None unless gradients are wanted."""
 
     @staticmethod
-    @_without_defaults
     def forward(
         q: Tensor,  # [B, heads, M, D] or [G, M, D]
         k: Tensor,  # [.., N, D]
@@ -165,7 +153,6 @@ class _Once(torch.autograd.Function):
     """
 
     @staticmethod
-    @_without_defaults
     def forward(gradients: Gradients, static: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor | None, ...]:
         return gradients(*static, *tensors)
 
@@ -184,13 +171,38 @@ def _once(gradients: Gradients, static: tuple[Any, ...], *tensors: Tensor) -> tu
     return gradients(*static, *tensors)
 
 
+def add_decomposed_rel_pos(*inputs: Any) -> Tensor:
+    """The inputs are those of :class:`AddDecomposedRelPos`."""
+    return _apply(AddDecomposedRelPos, *inputs)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others: Any) -> Tensor:
     """The output alone; nothing is saved where no gradient can be asked for."""
-    needs = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, table))
+    needs = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or table.requires_grad)
     needs = needs or _is_transformed()
-    run = AttentionFunction.apply if needs else AttentionFunction.forward  # which takes half as long
-    out, _ = run(q, k, v, table, *others, needs)
+    inputs = (q, k, v, table, *others, needs)
+    out, _ = _apply(AttentionFunction, *inputs) if needs else AttentionFunction.forward(*inputs)
     return out
+
+
+def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
+    """``function.apply``, in less time where nothing but PyTorch's own autograd looks on."""
+    if torch.compiler.is_compiling() or _is_transformed():
+        return function.apply(*inputs)
+    return _at_once(function).apply(*inputs)
+
+
+@functools.cache
+def _at_once(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same, of the same name, without ``setup_context``: with one, every call binds the arguments to names."""
+
+    def forward(ctx: Any, *inputs: Any) -> Any:
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
+    return types.new_class(function.__name__, (function,), exec_body=lambda body: body.update(members))
 
 
 def _is_transformed() -> bool:

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, reference, tables
+from . import _checks, autograd, reference, tables
 from ._sharded import is_sharded, on_shares
-from .autograd import AddDecomposedRelPos, attention
 
 
 def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
@@ -142,8 +141,8 @@ def add_decomposed_rel_pos(
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
     if inplace and torch.compiler.is_compiling():  # functionalised anyway
-        return attn.copy_(AddDecomposedRelPos.apply(attn, q, table, index, q_grid, k_grid, prefix, False))
-    return AddDecomposedRelPos.apply(attn, q, table, index, q_grid, k_grid, prefix, inplace)
+        return attn.copy_(autograd.add_decomposed_rel_pos(attn, q, table, index, q_grid, k_grid, prefix, False))
+    return autograd.add_decomposed_rel_pos(attn, q, table, index, q_grid, k_grid, prefix, inplace)
 
 
 def rel_pos_attention(
@@ -203,13 +202,14 @@ def rel_pos_attention(
     tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
     scale = _checks.check_scale(scale, q.shape[-1])
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
-    k, v = (_checks.check_keys(name, x, q, prefix + math.prod(k_grid)) for name, x in (("k", k), ("v", v)))
+    keys = prefix + math.prod(k_grid)
+    k, v = _checks.check_keys("k", k, q, keys), _checks.check_keys("v", v, q, keys)
     if _wants_formula():
         more = _named(tables_by_axis, q) | {"num_prefix_tokens": prefix, "scale": scale}
         return reference.rel_pos_attention(q, k, v, q_size=q_grid, k_size=k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
-    return attention(q, k, v, table, index, q_grid, k_grid, prefix, scale)
+    return autograd.attention(q, k, v, table, index, q_grid, k_grid, prefix, scale)
 
 
 def _named(tables_by_axis: list[Tensor], q: Tensor) -> dict[str, Any]:
