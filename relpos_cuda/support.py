@@ -135,8 +135,9 @@ def _without_kernels(kind: str, op: str) -> str | None:
     return None if _ops.has_kernel(f"{op}_fwd", kind) else f"the {kind.upper()} library has no {op} kernel"
 
 
+@functools.lru_cache(maxsize=64)
 def _arch(device: torch.device) -> int:
-    """Compute capability, 80 for a GPU that is only talked about."""
+    """Compute capability, 80 for a GPU that is only talked about; PyTorch takes its time to tell it."""
     if not torch.cuda.is_available():
         return 80
     major, minor = torch.cuda.get_device_capability(device)
