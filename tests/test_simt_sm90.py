@@ -203,6 +203,11 @@ def test_accumulators_keep_their_shape(shim: Selftest):
     assert f"{marked('shape')}: uses accumulators of another shape before wgmma_wait" in (complaint or "")
 
 
+def test_every_group_of_products_needs_a_fence(shim: Selftest):
+    complaint = wgmma(shim, "ss", "float16", 64, False, Swizzle.B128, Swizzle.B128, "no fence after a commit").complaint
+    assert "comes to wgmma without wgmma_fence since its last wgmma_commit" in (complaint or "")
+
+
 def test_a_warp_is_no_warpgroup(shim: Selftest):
     complaint = pipeline(shim, kernel="pipeline without a producer warpgroup").complaint
     assert f"{marked('dec')}: setmaxnreg: not in a whole warpgroup" in (complaint or "")

@@ -99,9 +99,10 @@ def every_corner(test: Selftest, *tiling) -> Answer:
 def wgmma(
     test: Selftest, kind: str, dtype: str, n: int, mn_major: bool, a_swizzle: Swizzle, b_swizzle, fault=""
 ) -> Answer:
-    """`kind`: ss or rs, which has no use for `a_swizzle`."""
-    a, b, k = integers(64, 32, dtype=DTYPES[dtype]), integers(n, 32, dtype=DTYPES[dtype]), 32
-    memory, operands, end = torch.zeros(1 << 14, dtype=torch.int16), [], 0
+    """`kind`: ss or rs, which has no use for `a_swizzle`. K-major operands have more than one span of each swizzle."""
+    k = 80
+    a, b = (integers(rows, k, dtype=DTYPES[dtype]) for rows in (64, n))
+    memory, operands, end = torch.zeros(24 << 10, dtype=torch.int16), [], 0
     for matrix, swizzle, major in ((a, a_swizzle, False), (b, b_swizzle, mn_major)):
         at, fields = layout(swizzle, major, len(matrix), k)
         assert len(at.unique()) == at.numel()

@@ -40,16 +40,20 @@ def matrix_bytes(swizzle: Swizzle, mn_major: bool, mn: Tensor, k: Tensor, leadin
 
 def layout(swizzle: Swizzle, mn_major: bool, mn: int, k: int) -> tuple[Tensor, dict[str, int]]:
     """Bytes of elements [mn, k] of a dense matrix, and what a descriptor says of them."""
-    span = swizzle.span
+    span, steps, next_span = swizzle.span, k // 16, 0
     if swizzle == Swizzle.NONE:
         leading, stride = (16 * mn, 128) if mn_major else (128, 16 * k)
         following = 2 * leading
-    else:
-        leading, stride = (span * k if mn_major else 16), 8 * span
-        following = 2 * stride if mn_major else 32 if span > 32 else mn * span
-    i, j = torch.arange(mn)[:, None], torch.arange(k)[None, :]
-    at = matrix_bytes(swizzle, mn_major, i, j % 16, leading, stride) + j // 16 * following
-    return address_after(swizzle, at), {"leading": leading, "stride": stride, "next": following, "swizzle": swizzle}
+    elif mn_major:
+        leading, stride = span * k, 8 * span
+        following = 2 * stride
+    else:  # spans of all rows, one after another
+        leading, stride, following = 16, 8 * span, 32
+        steps, next_span = span // 32, mn * span
+    i, j, step = torch.arange(mn)[:, None], torch.arange(k)[None, :] % 16, torch.arange(k)[None, :] // 16
+    at = matrix_bytes(swizzle, mn_major, i, j, leading, stride) + step // steps * next_span + step % steps * following
+    fields = {"leading": leading, "stride": stride, "next": following, "steps": steps, "span": next_span}
+    return address_after(swizzle, at), fields | {"swizzle": swizzle}
 
 
 def d_elements(n: int) -> tuple[Tensor, Tensor]:

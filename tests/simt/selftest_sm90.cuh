@@ -23,8 +23,11 @@ namespace selftest {
 using relpos::Swizzle;
 
 struct Operand {                  // of wgmma, in shared memory
-  int at, leading, stride, next;  // bytes; next: from one k16 step to the next
+  int at, leading, stride, next;  // bytes; next: from one k16 step to the next, of so many
+  int steps, span;                // bytes from the first of those to the first of the next so many
   Swizzle swizzle;
+
+  __device__ int of_step(int step) const { return at + step / steps * span + step % steps * next; }
 };
 
 struct Given {  // by selftest_sm90.py
@@ -140,7 +143,7 @@ struct Wgmma {
     for (int step = 0; step < p.n; ++step) {
       const auto descriptor = [&](const Operand& m) {
         const int astray = p.fault("off the swizzle") ? 128 : p.fault("outside") ? 1 << 16 : 0;
-        return relpos::wgmma_descriptor(smem + m.at + step * m.next + astray, m.leading, m.stride, m.swizzle);
+        return relpos::wgmma_descriptor(smem + m.of_step(step) + astray, m.leading, m.stride, m.swizzle);
       };
       if constexpr (RS) {
         uint32_t registers[4];
@@ -155,6 +158,7 @@ struct Wgmma {
       if (p.fault("another shape"))
         relpos::wgmma_rs<T, 64, B_MN_MAJOR>(narrow, {}, descriptor(b), true);  // line: shape
       relpos::wgmma_commit();
+      if (p.fault("no fence after a commit")) relpos::wgmma_ss<T, N, B_MN_MAJOR>(d, descriptor(a), descriptor(b), true);
       relpos::wgmma_wait<0>(d);
     }
     memcpy(static_cast<float*>(p.out) + thread() * N / 2, d, sizeof d);

@@ -32,7 +32,7 @@ class Tiling(ctypes.Structure):
 
 
 class Operand(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int) for name in ("at", "leading", "stride", "next", "swizzle")]
+    _fields_ = [(name, ctypes.c_int) for name in ("at", "leading", "stride", "next", "steps", "span", "swizzle")]
 
 
 class Given(ctypes.Structure):
@@ -72,8 +72,8 @@ def on_zeros(library: Path, fault: str, kernel: str) -> str | None:
     aligned = [(ctypes.addressof(buffer) + 127) // 128 * 128 for buffer in (a, b, out)]
     given = Given(*aligned, *[1 << 15] * 3, n=2 if kernel.startswith(("ss", "rs")) else 4)
     given.at[0] = 2 * 64 * 128  # bytes of two K-major matrices
-    given.a_operand = Operand(0, 16, 1024, 32, Swizzle.B128)
-    given.b_operand = Operand(64 * 128, 16, 1024, 32, Swizzle.B128)
+    given.a_operand = Operand(0, 16, 1024, 32, 4, 0, Swizzle.B128)
+    given.b_operand = Operand(64 * 128, 16, 1024, 32, 4, 0, Swizzle.B128)
     return Selftest(library).complaint(kernel, given, fault)
 
 

@@ -269,7 +269,7 @@ void wgmma_fence(const Site& site) {
 bool start_product(float* d, int registers, std::function<void(float*)>& product, const Site& site) {
   const Unobserved books;
   Asynchronous& thread = mine();
-  if (!thread.fenced) fail(site, "comes to wgmma without wgmma_fence since its last wgmma_wait");
+  if (!thread.fenced) fail(site, "comes to wgmma without wgmma_fence since its last wgmma_commit");
   if (thread.products.empty() && happens_at_once()) return true;  // none overtakes another
   const auto [at, fresh] = thread.hidden.try_emplace(d);
   Accumulators& sums = at->second;
@@ -282,7 +282,10 @@ bool start_product(float* d, int registers, std::function<void(float*)>& product
   return false;
 }
 
-void wgmma_commit() { ++mine().groups; }
+void wgmma_commit() {
+  ++mine().groups;
+  mine().fenced = false;
+}
 
 void wgmma_wait(int groups_left, const Site& site) {
   {
@@ -292,7 +295,6 @@ void wgmma_wait(int groups_left, const Site& site) {
   while (finish_one(groups_left)) continue;
   const Unobserved books;
   mine().proxies.complete(self->identity);
-  mine().fenced = false;
 }
 
 }  // namespace simt
