@@ -73,7 +73,7 @@ struct AttentionFwdSm90 {
           bias.start(p, lines, span, tile, 0, score[0], line[0]);
         else
           load_lines(lines, tile, bias.row(0), line[0]);
-        RowsA<T, D> rows_of_q(q, first);  // anew for every tile: kept, ptxas up to 13.0 gives their registers away meanwhile
+        RowsA<T, D> rows_of_q(q, first);  // anew for every tile: kept, ptxas up to 13.0 gives their registers away
         mbarrier_wait(full + ring.stage, ring.parity);
         if constexpr (!ONE_LINE) start_from_lines(bias, score[0], line[0]);
         stages.k(ring.stage).template start_products<true>(score[0], rows_of_q, 0);
