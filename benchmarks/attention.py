@@ -103,6 +103,7 @@ def flex(x: Inputs) -> Tensor:
     from torch.nn.attention.flex_attention import flex_attention
 
     (rel_h, rel_w), p, k_w = factors(x), x.case.prefix, x.case.k_size[1]
+    torch._dynamo.graph_break()  # on a CPU, inductor does not find what its own graph has made
 
     def score_mod(score: Tensor, b: Tensor, head: Tensor, m: Tensor, n: Tensor) -> Tensor:
         if not p:

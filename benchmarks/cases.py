@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from relpos_cuda import tables
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Grid = tuple[int, int]
 LEAVES = ("q", "k", "v", "rel_pos_h", "rel_pos_w")
@@ -85,6 +87,8 @@ class Inputs:
     v: Tensor
     rel_pos_h: Tensor  # [2K - 1, D]
     rel_pos_w: Tensor
+    index_h: Tensor  # [q_size[0], k_size[0]], rows of rel_pos_h, for those who gather them
+    index_w: Tensor
     grad: Tensor  # of the result
     attn: Tensor | None = None  # [B, heads, S_q, S_k], for the logits op
 
@@ -122,6 +126,7 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
         (q,) = heads_of(case.batch, case.rows, 1, *tokens)
         k, v = heads_of(case.batch, case.columns, 2, *tokens)
     sides = [2 * max(pair) - 1 for pair in zip(case.q_size, case.k_size, strict=True)]
-    tables = (normal(side, case.head_dim) * case.head_dim**-0.5 for side in sides)
-    leaves = [t.detach().requires_grad_() for t in (q, k, v, *tables)]
-    return Inputs(case, *leaves, grad=normal(case.batch, case.rows, *tokens).transpose(1, 2))
+    rel_pos = (normal(side, case.head_dim) * case.head_dim**-0.5 for side in sides)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v, *rel_pos)]
+    index = [tables.index(*pair).to(device) for pair in zip(case.q_size, case.k_size, strict=True)]
+    return Inputs(case, *leaves, *index, grad=normal(case.batch, case.rows, *tokens).transpose(1, 2))

@@ -13,10 +13,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from .report import OURS, PASSES, length_tables
+from .report import OURS, PASSES, host_table, length_tables, plain, times_ours
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -73,6 +74,11 @@ def op_table(op: str, result: dict) -> Iterable[tuple[str, ...]]:
             yield *layer, direction, *cells(ours, [peers(name.replace("`", "")) for name in columns])
 
 
+def plain_calls(result: dict) -> Iterable[tuple[str, ...]]:
+    """The attention without CUDA graphs."""
+    return op_table("attention", {"rows": [plain(row) for row in result["rows"]]})
+
+
 def summary(*results: dict) -> Iterable[tuple[str, ...]]:
     """The attention of several machines, both passes beside each other, of every kind of peer the fastest."""
     yield "", "layer", *(name for direction in PASSES for name in (direction, *KINDS))
@@ -83,10 +89,10 @@ def summary(*results: dict) -> Iterable[tuple[str, ...]]:
             line: list[str] = []
             for direction in PASSES:
                 of_pass = [row for row in of_layer if row["pass"] == direction]
-                kinds = [[row for row in of_pass if row["peer"].startswith(kind)] for kind in ("ours", *KINDS)]
-                fastest = [min(kind, key=lambda row: row["milliseconds"], default=None) for kind in kinds]
-                assert fastest[0]
-                line += cells(fastest[0], fastest[1:])
+                (ours,) = (row for row in of_pass if row["peer"] == OURS["attention"])
+                kinds = [[row for row in of_pass if row["peer"].startswith(kind)] for kind in KINDS]
+                fastest = [min(kind, key=partial(times_ours, ours=ours), default=None) for kind in kinds]
+                line += cells(ours, fastest)
             yield machine(result["about"]), f"{shape}, {dtype}", *line
 
 
@@ -94,7 +100,7 @@ def cells(ours: dict, others: list[dict | None]) -> list[str]:
     def multiple(row: dict | None) -> str:
         if row is None:
             return ""
-        return "wrong" if row.get("wrong") else f"{row['milliseconds'] / ours['milliseconds']:.1f} x"
+        return "wrong" if row.get("wrong") else f"{times_ours(row, ours):.1f} x"
 
     time = ours["milliseconds"]
     return [f"{time:.1f} ms" if time >= 5 else f"{time:.3f} ms", *map(multiple, others)]
@@ -119,9 +125,19 @@ def lengths(result: dict) -> Iterable[tuple[str, ...]]:
         yield from ((direction, *row) for row in rows)
 
 
+def host(result: dict) -> Iterable[tuple[str, ...]]:
+    for n, (op, rows) in enumerate(groupby(result["host"], lambda row: row["op"])):
+        heading, *others = host_table(list(rows))
+        if n == 0:
+            yield "op", *heading
+        yield from ((op, *row) for row in others)
+
+
 TABLES = {
     "attention": lambda result: op_table("attention", result),
     "logits": lambda result: op_table("logits", result),
+    "plain": plain_calls,
+    "host": host,
     "summary": summary,
     "encoders": encoders,
     "lengths": lengths,

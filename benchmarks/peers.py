@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from relpos_cuda import reference
-
 from .cases import Grid, Inputs
 
 
@@ -54,11 +52,13 @@ Refusals = dict[str, str]  # peer: why it does not run
 
 
 def factors(x: Inputs) -> tuple[Tensor, Tensor]:
-    """rel_h, rel_w, ``[B, heads, S_q, k]``, as segment_anything makes them; zeros for class tokens."""
-    rel_pos_h, rel_pos_w, q_size, k_size = x.tables_and_grids
-    grid = x.q[..., x.case.prefix :, :].unflatten(-2, q_size)
-    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, reference.get_rel_pos(q_size[0], k_size[0], rel_pos_h))
-    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, reference.get_rel_pos(q_size[1], k_size[1], rel_pos_w))
+    """rel_h, rel_w, ``[B, heads, S_q, k]``, as segment_anything makes them; zeros for class tokens.
+
+    Libraries make the index anew in every call, on the CPU, which no CUDA graph captures. Here they have it.
+    """
+    grid = x.q[..., x.case.prefix :, :].unflatten(-2, x.case.q_size)
+    rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid, x.rel_pos_h[x.index_h])
+    rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid, x.rel_pos_w[x.index_w])
     padding = (0, 0, x.case.prefix, 0)
     rel_h, rel_w = rel_h.flatten(2, 3), rel_w.flatten(2, 3)
     return (functional.pad(rel_h, padding), functional.pad(rel_w, padding)) if x.case.prefix else (rel_h, rel_w)

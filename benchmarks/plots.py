@@ -24,7 +24,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .report import OURS, PASSES
+from .report import OURS, PASSES, times_ours
 
 STYLE = {
     "svg.hashsalt": "relpos_cuda",  # the same file every time
@@ -132,15 +132,16 @@ def peers(result: dict) -> Figure:
     names = list(dict.fromkeys(row["peer"] for row in rows))
     figure, axes = _side_by_side(2, height=1.2 + 0.16 * len(layers) * len(names))
     for axis, direction in zip(axes, PASSES, strict=True):
-        times = {(r["shape"], r["dtype"], r["peer"]): r["milliseconds"] for r in rows if r["pass"] == direction}
+        found = {(r["shape"], r["dtype"], r["peer"]): r for r in rows if r["pass"] == direction}
         ticks = []
         for n, layer in enumerate(layers):
-            ours = times.get((*layer, OURS["attention"]))
+            ours = found.get((*layer, OURS["attention"]))
             for i, name in enumerate(names):
                 y = n * (len(names) + 1.5) + i
-                if (time := times.get((*layer, name))) and ours:
-                    axis.barh(y, time / ours, color=color_of(name), height=0.9)
-                    axis.text(time / ours, y, f" {time / ours:.2g}", va="center", fontsize=7)
+                if (row := found.get((*layer, name))) and ours:
+                    multiple = times_ours(row, ours)
+                    axis.barh(y, multiple, color=color_of(name), height=0.9)
+                    axis.text(multiple, y, f" {multiple:.2g}", va="center", fontsize=7)
             ticks.append(n * (len(names) + 1.5) + (len(names) - 1) / 2)
         axis.axvline(1, color=COLORS["ours"], linewidth=1)
         axis.set(title=direction, xlabel="time as a multiple of ours")

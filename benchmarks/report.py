@@ -31,10 +31,22 @@ def _rates(rates: dict) -> str:
     return f"memory {rates['gbytes']:.0f} GB/s, products {products}{clock}"
 
 
+def times_ours(row: dict, ours: dict) -> float:
+    """The time of a row as a multiple of ours: plain calls of both, where one of them cannot be captured."""
+    if ("plain" in row) == ("plain" in ours):
+        return row["milliseconds"] / ours["milliseconds"]
+    return plain(row)["milliseconds"] / plain(ours)["milliseconds"]
+
+
+def plain(row: dict) -> dict:
+    """The row with the time of plain calls, as all of a CPU are."""
+    return {key: value for key, value in (row | row.get("plain", {})).items() if key != "plain"}
+
+
 def text_of(part: dict, result: dict) -> str:
     """What a part has found, as tables."""
     tables = [_ops(part.get("rows", []), result["rates"][0]), _lengths(part.get("lengths", []))]
-    tables += [_encoders(part.get("encoders", []))]
+    tables += [_encoders(part.get("encoders", [])), _host(part.get("host", []))]
     lines = [line for table in tables for line in table]
     lines += [f"  {row['peer']}: {row['reason']}" for row in part.get("refused", [])]
     return "\n".join(lines) + "\n"
@@ -45,12 +57,12 @@ def _ops(rows: list[dict], rates: dict) -> Iterable[str]:
         yield ", ".join(key)
         table = [("pass", "peer", "ms", "quartiles", "x ours", "of floor", "peak MiB", "error", "bits", "plain ms")]
         of_peers = sorted(some, key=lambda row: row["pass"] != "forward")
-        ours = {row["pass"]: row["milliseconds"] for row in of_peers if row["peer"] == OURS[key[0]]}
+        ours = {row["pass"]: row for row in of_peers if row["peer"] == OURS[key[0]]}
         table += [_cells(row, ours.get(row["pass"]), floor_of(row, rates)) for row in of_peers]
         yield from aligned(table)
 
 
-def _cells(row: dict, ours: float | None, floor: float) -> tuple[str, ...]:
+def _cells(row: dict, ours: dict | None, floor: float) -> tuple[str, ...]:
     low, high = row["quartiles"]
     error = "" if "errors" not in row else f"{max(row['errors'].values()):.0e}" + (" WRONG" if row["wrong"] else "")
     return (
@@ -58,7 +70,7 @@ def _cells(row: dict, ours: float | None, floor: float) -> tuple[str, ...]:
         row["peer"],
         four_digits(row["milliseconds"]),
         f"{four_digits(low)} .. {four_digits(high)}",
-        f"{row['milliseconds'] / ours:.2f} x" if ours else "",
+        f"{times_ours(row, ours):.2f} x" if ours else "",
         f"{floor / row['milliseconds']:.0%}",
         mebibytes(row["peak_bytes"]),
         "less work" if "note" in row else error,
@@ -122,6 +134,19 @@ def _encoders(rows: list[dict]) -> Iterable[str]:
                 )
             )
         yield from aligned(table)
+
+
+def _host(rows: list[dict]) -> Iterable[str]:
+    for op, some in groupby(rows, lambda row: row["op"]):
+        yield f"{op}, microseconds of the host per call"
+        yield from aligned(host_table(list(some)))
+
+
+def host_table(rows: list[dict]) -> Table:
+    """Passes to the right, peers downwards."""
+    found = {(row["peer"], row["pass"]): f"{row['microseconds']:.3g}" for row in rows}
+    peers, passes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("peer", "pass"))
+    return [("peer", *passes), *((p, *(found.get((p, q), "") for q in passes)) for p in peers)]
 
 
 def aligned(table: Table) -> Iterable[str]:

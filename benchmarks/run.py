@@ -5,6 +5,7 @@ What runs, one after the other, each part into the same JSON file as soon as it 
     ops        named shapes, all peers in turns (protocol.py); attention.py and logits.py say who they are
     lengths    time and memory of a layer up to 192 x 192 tokens (lengths.py)
     encoders   image encoders as shipped and with our kernels (encoders.py)
+    host       what a call costs the host, whatever it computes (host.py)
 
 Then tables are printed, and plots drawn from the file.
 """
@@ -20,14 +21,14 @@ from pathlib import Path
 
 import torch
 
-from . import attention, encoders, lengths, logits, machine, optional, peers, protocol, report
+from . import attention, encoders, host, lengths, logits, machine, optional, peers, protocol, report
 from .cases import CASES, COMPILED_ON_GPU, DTYPES, ON_CPU, QUICK
 from .progress import Progress
 
 Found = Iterator[dict[str, list[dict]]]  # more rows for each list of the file
 
 OPS = {"attention": attention, "logits": logits}
-PARTS = ("ops", "lengths", "encoders")
+PARTS = ("ops", "lengths", "encoders", "host")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "bench.json"
     result = {"about": machine.about(options.device), "rates": [machine.rates(options.device, options.dtypes)]}
-    result |= {"rows": [], "refused": [], "lengths": [], "encoders": []}
+    result |= {"rows": [], "refused": [], "lengths": [], "encoders": [], "host": []}
     print(report.heading(result), flush=True)
     shapes = len(options.ops) * len(options.cases) * len(options.dtypes)
     with Progress(sum(shapes if part == "ops" else 1 for part in options.parts)) as progress:
@@ -95,7 +96,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.rounds_of_encoders = options.rounds
     options.rounds = options.rounds or (2 if quick else 3)
     options.no_compile |= quick
-    options.parts = options.parts or PARTS[: 1 if quick else 3]
+    options.parts = options.parts or (PARTS[:1] if quick else PARTS)
     options.sides = (14, 28) if quick else lengths.SIDES
     options.patience = 1.0 if quick else 10.0
     total = 12.0 if on_cpu else torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -141,7 +142,12 @@ def run_encoders(options: argparse.Namespace, progress: Progress) -> Found:
     yield {"encoders": encoders.measured(*what, progress, options.rounds_of_encoders)}
 
 
-PART = {"ops": run_ops, "lengths": run_lengths, "encoders": run_encoders}
+def run_host(options: argparse.Namespace, progress: Progress) -> Found:
+    progress.title = "host"
+    yield {"host": host.measured([OPS[op] for op in options.ops], options.device, progress)}
+
+
+PART = {"ops": run_ops, "lengths": run_lengths, "encoders": run_encoders, "host": run_host}
 
 
 def draw_plots(file: Path, folder: Path) -> int:
