@@ -3,6 +3,7 @@
 Every peer gets q, k, v and the tables, and makes all else from them; its name in tables, and what it is:
 
     ours
+    ours, wgmma         the same where RELPOS_CUDA_WGMMA=1 asks for the kernels of sm_90
     eager, SAM          softmax((scale * q k^T + rel_h) + rel_w) v, as segment_anything and its descendants write it
     eager, HF           bias first, then one addition, softmax in float32, as transformers writes it; on a GPU
     compiled            eager, SAM under torch.compile
@@ -14,7 +15,9 @@ Every peer gets q, k, v and the tables, and makes all else from them; its name i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -25,7 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 import relpos_cuda
-from relpos_cuda import reference
+from relpos_cuda import _env, reference
 
 from .cases import LEAVES, Case, Inputs, draw  # noqa: F401
 from .peers import Call, Peer, factors, on_grids
@@ -120,6 +123,18 @@ def no_bias(x: Inputs) -> Tensor:
 
 
 # ---- all that can be tried on a device
+
+
+@contextlib.contextmanager
+def with_wgmma() -> Iterator[None]:
+    """Launchers ask for it in every call; a graph keeps what it was captured with."""
+    before = os.environ.get(_env.WGMMA.name)
+    os.environ[_env.WGMMA.name] = "1"
+    yield
+    if before is None:
+        del os.environ[_env.WGMMA.name]
+    else:
+        os.environ[_env.WGMMA.name] = before
 
 
 def peers_of(case: Case, device: str, compiled: bool) -> list[Peer]:

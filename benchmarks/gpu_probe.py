@@ -1,18 +1,17 @@
-"""What benchmarks/gpu_run.sh runs on a GPU: ``python -m benchmarks.gpu_probe WHAT [FILE [FIRST]]``.
+"""What benchmarks/gpu_run.sh runs on a GPU: ``python -m benchmarks.gpu_probe WHAT [MORE ...]``.
 
 WHAT is one of
 
-    probe    every function of csrc/cuda/tile/ptx.cuh: the GPU's bits, the emulator's, and a formula's
-    hopper   a part of it, for itself: the library FILE on the cases of sm_90, from number FIRST on
-    tiny     small problems through every kernel, for compute-sanitizer
-    layers   one forward and backward of each profiled layer, between cudaProfilerStart and Stop, for ncu
-    metrics  what ncu is asked for
-    table    the CSV of ncu, FILE, readable
+    probe                every function of csrc/cuda/tile/ptx.cuh: the GPU's bits against those of a formula, to which
+                         the tests hold the emulator
+    hopper FILE FIRST    a part of it, for itself: the library FILE on the cases of sm_90, from number FIRST on
+    tiny                 small problems through every kernel, or those for sm_90 if asked for, for compute-sanitizer
+    layers OP ...        a forward and backward of each profiled layer, between cudaProfilerStart and Stop, for ncu
+    table FILE           the CSV of ncu, readable
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import ctypes
 import functools
@@ -23,6 +22,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(1, str(ROOT / "tests"))
 
 import relpos_cuda  # noqa: E402
-from problems import TINY, draw, draw_attention, run, run_attention  # noqa: E402
-from relpos_cuda import _libraries, _loader, _toolchain  # noqa: E402
-from simt import cases_sm90, toolchain  # noqa: E402
+from problems import TINY, Problem, draw, draw_attention, run, run_attention, same  # noqa: E402
+from relpos_cuda import _env, _libraries, _loader, _toolchain, support  # noqa: E402
+from simt import cases_sm90  # noqa: E402
 from simt.selftest_sm90 import Selftest  # noqa: E402
 
 from .cases import CASES  # noqa: E402
@@ -41,7 +41,6 @@ from .probe_formulas import PROBES, differs, formula, operands, words_of  # noqa
 
 HERE = Path(__file__).parent
 GPU_SOURCES = (HERE / "probe.cu", HERE / "probe_sm90.cu")
-EMULATOR_SOURCES = (HERE / "probe.cu", toolchain.HERE / "selftest_sm90.cpp")
 NO_SM90 = "no instructions of sm_90a"  # as probe_sm90.cu says
 DRAWS = 50
 MOST_PROCESSES = 24  # for the cases of sm_90
@@ -49,7 +48,14 @@ PATIENCE = 20  # seconds for one of them, or for a process to begin: a product o
 POISON = 0x7FC0DEAD  # a NaN
 SANITIZED = ("ragged_5x13", "ragged_5x13_mma", "window_7x7", "two_class_tokens", "interpolated", "keys_fewer", "video")
 SANITIZED_DTYPES = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32))
-PROFILED = ("sam_b_global", "sam_b_windows")
+SANITIZED_SM90 = (
+    same("line_of_64", 3, 64, 80, heads=1),
+    same("line_of_48", 3, 48, 64, heads=1),
+    same("many_lines", 7, 20, 64, heads=2),
+    Problem("class_tokens", (5, 9), (4, 11), 96, batch=2, prefix=3),
+)
+PROFILED = ("sam_b_global", "sam_h_global", "sam_b_windows")
+PROFILED_SM90 = ("sam_b_global", "sam_h_global")
 
 Probe = Callable[[str, Tensor], Tensor]  # name, words [32, in] -> words [32, out]
 
@@ -65,11 +71,6 @@ def compile_for_gpu(library: Path, archs: Iterable[str], *more: str) -> str:
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
     return done.stdout + done.stderr
-
-
-def compile_for_emulator(library: Path) -> None:
-    flags = ["-O1", *_libraries.STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries.torch_inputs()]
-    toolchain.compile_library(EMULATOR_SOURCES, library, extra=flags)
 
 
 def load(library: Path) -> Probe:
@@ -96,37 +97,30 @@ def wrong_words(probe: Probe, name: str, draws: int = DRAWS) -> int:
 
 
 def compare() -> int:
-    """GPU and emulator, each against the formula; 1 if a bit differs or one of them cannot be asked."""
-    failed = False
-    compilers = {"emulator": compile_for_emulator, "gpu": lambda library: compile_for_gpu(library, _toolchain.archs())}
-    for who, compile_to in compilers.items():
-        if who == "emulator" and (reason := toolchain.missing()):
-            print(f"{who:9} not compiled: {reason}")
-            failed = True
-            continue
-        with tempfile.TemporaryDirectory() as folder:
+    """The GPU against the formulas; 1 if a bit differs or it cannot be asked."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "gpu.so")
+        try:
+            compile_for_gpu(library, _toolchain.archs())
+            probe = load(library)
+        except (RuntimeError, OSError) as error:
+            print(f"not compiled: {error}")
+            return 1
+        failed = False
+        for name in PROBES:
             try:
-                library = Path(folder, f"{who}.so")
-                compile_to(library)
-                probe = load(library)
-            except (RuntimeError, OSError) as error:
-                print(f"{who:9} not compiled: {error}")
-                failed = True
-                continue
-            for name in PROBES:
-                try:
-                    wrong = wrong_words(probe, name)
-                    said = f"{wrong} of {DRAWS * 32 * PROBES[name][1]} words are wrong"
-                except RuntimeError as error:
-                    wrong, said = 1, str(error)
-                failed |= wrong > 0
-                print(f"{who:9} {name:22} {said}", flush=True)
-            failed |= not hopper_is_right(who, functools.partial(ask_hopper, library))
-    print("FAILED" if failed else "gpu and emulator agree with the formula in every bit, and in exp2_approx to 2^-22")
+                wrong = wrong_words(probe, name)
+                said = f"{wrong} of {DRAWS * 32 * PROBES[name][1]} words are wrong"
+            except RuntimeError as error:
+                wrong, said = 1, str(error)
+            failed |= wrong > 0
+            print(f"{name:22} {said}", flush=True)
+        failed |= not hopper_is_right(functools.partial(ask_hopper, library))
+    print("FAILED" if failed else "the GPU agrees with the formulas in every bit, and in exp2_approx to 2^-22")
     return int(failed)
 
 
-def hopper_is_right(who: str, ask: Callable[[int], Iterable[str]]) -> bool:
+def hopper_is_right(ask: Callable[[int], Iterable[str]]) -> bool:
     """All cases of tests/simt/cases_sm90.py; true also of a GPU that has none of these instructions.
 
     Args:
@@ -138,19 +132,19 @@ def hopper_is_right(who: str, ask: Callable[[int], Iterable[str]]) -> bool:
         before = at
         for said in ask(at):
             if NO_SM90 in said:
-                print(f"{who:9} TMA, wgmma and such: skipped, {NO_SM90}", flush=True)
+                print(f"TMA, wgmma and such: skipped, {NO_SM90}", flush=True)
                 return True
             if said:
                 wrong += 1
-                print(f"{who:9} {names[at]}: {said}", flush=True)
+                print(f"{names[at]}: {said}", flush=True)
             at += 1
         if at == before and at < len(names):
             wrong += 1
-            print(f"{who:9} {names[at]}: no answer", flush=True)
+            print(f"{names[at]}: no answer", flush=True)
             at += 1
         if at == len(names):
             break
-    print(f"{who:9} TMA, wgmma and such: {wrong} of {at} cases are wrong, {len(names) - at} not asked", flush=True)
+    print(f"TMA, wgmma and such: {wrong} of {at} cases are wrong, {len(names) - at} not asked", flush=True)
     return wrong == 0 and at == len(names)
 
 
@@ -194,6 +188,8 @@ def require_kernels() -> None:
 
 def tiny() -> int:
     require_kernels()
+    if _env.WGMMA() == "1":
+        return tiny_sm90()
     for problem in (p for p in TINY if p.name in SANITIZED):
         for dtype, attn_dtype in SANITIZED_DTYPES:  # of q, of the logits
             inputs = draw(problem, dtype, attn_dtype)
@@ -208,17 +204,28 @@ def tiny() -> int:
     return 0
 
 
+def tiny_sm90() -> int:
+    """With lines of one tile and of many, with class tokens; windows by two kernels, for the one is not for sm_90."""
+    with mock.patch.object(support, "backward_in_one_pass", lambda *_: False):
+        for problem in SANITIZED_SM90:
+            inputs = draw_attention(problem, torch.bfloat16)
+            got = run_attention(relpos_cuda.rel_pos_attention, problem, inputs, torch.bfloat16, "cuda")
+            must_be_finite(got, f"attention for sm_90, {problem}")
+            print(problem, flush=True)
+    return 0
+
+
 def must_be_finite(results: Iterable[Tensor], what: str) -> None:
     torch.cuda.synchronize()
     if not all(t.isfinite().all() for t in (x.cpu() for x in results)):
         raise SystemExit(f"{what}: a result is not finite")
 
 
-def layers() -> int:
+def layers(ops: list[str]) -> int:
     from .run import OPS
 
     require_kernels()
-    for op, name in itertools.product(OPS, PROFILED):
+    for op, name in itertools.product(ops, PROFILED_SM90 if _env.WGMMA() == "1" else PROFILED):
         peers = OPS[op].peers_of(CASES[name], "cuda", compiled=False)
         ours = next(peer for peer in peers if peer.name == OPS[op].OURS)
         call = ours.on(OPS[op].draw(CASES[name], torch.bfloat16, "cuda"))
@@ -234,6 +241,7 @@ def layers() -> int:
 
 # ---- table
 
+NOTHING_PROFILED = "no kernel was profiled"
 COLUMNS = {
     "ID": "id",
     "gpu__time_duration.sum": "time",
@@ -243,13 +251,14 @@ COLUMNS = {
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM",
     "launch__registers_per_thread": "registers",
     "launch__shared_mem_per_block_dynamic": "shared",
+    "sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active": "tensor",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue",
     "sm__maximum_warps_per_active_cycle_pct": "occupancy",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "achieved",
     "Grid Size": "grid",
     "Block Size": "block",
     "Kernel Name": "kernel",
 }
-METRICS = [name for name in COLUMNS if "__" in name]
 
 
 def table_of(text: str) -> str:
@@ -257,7 +266,7 @@ def table_of(text: str) -> str:
     lines = [line for line in text.splitlines() if line.startswith('"')]
     rows = list(csv.DictReader(lines))
     if len(rows) < 2:
-        return "no kernel was profiled"
+        return NOTHING_PROFILED
     units, *launches = rows
     names = [name for name in COLUMNS if name in units]
     table = [[COLUMNS[name] for name in names], [units[name] for name in names]]
@@ -266,26 +275,24 @@ def table_of(text: str) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in table)
 
 
+def table(file: Path) -> int:
+    text = table_of(file.read_text(errors="replace"))
+    print(text)
+    return int(text == NOTHING_PROFILED)
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["probe", "hopper", "tiny", "layers", "table", "metrics"])
-    parser.add_argument("file", nargs="?", type=Path)
-    parser.add_argument("first", nargs="?", type=int, default=0)
-    options = parser.parse_args()
-    if options.what == "hopper":
-        if options.file is None or not options.file.is_file():
-            parser.error("hopper needs a library")
-        return answer_hopper(options.file, options.first)
-    if options.what == "metrics":
-        print(",".join(METRICS))
-        return 0
-    if options.what == "table":
-        if options.file is None or not options.file.is_file():
-            parser.error("table needs the CSV of ncu")
-        text = table_of(options.file.read_text(errors="replace"))
-        print(text)
-        return int(text == "no kernel was profiled")
-    return {"probe": compare, "tiny": tiny, "layers": layers}[options.what]()
+    what, *more = sys.argv[1:] or [""]
+    if what in ("probe", "tiny") and not more:
+        return {"probe": compare, "tiny": tiny}[what]()
+    if what == "hopper" and len(more) == 2:
+        return answer_hopper(Path(more[0]), int(more[1]))
+    if what == "layers" and more:
+        return layers(more)
+    if what == "table" and len(more) == 1:
+        return table(Path(more[0]))
+    print(__doc__, file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,34 +1,38 @@
 #!/usr/bin/env bash
 # All that can be learnt on a machine with an NVIDIA GPU, in one command and without a network.
 #
-#   benchmarks/gpu_run.sh [STEP...]     the steps named, or all of them, in this order:
+#   benchmarks/gpu_run.sh [STEP...]     the steps named, in the order in which they are; or all of them, in this one:
 #
 #     info       what the machine is
 #     build      compiles the libraries for the visible GPU; registers and spills of every kernel
-#     probe      every function of csrc/cuda/tile/ptx.cuh: the GPU's bits against the emulator's
-#     tests      the tests, without the emulated ones and those that never touch a GPU
+#     probe      every function of csrc/cuda/tile/ptx.cuh: the GPU's bits against those that the emulator is held to
+#     wgmma      tests of the attention's kernels for sm_90; if all pass, `bench` times them beside the others
+#     bench      python -m relpos_cuda bench, the logits op first
+#     profile    ncu on every kernel of a few layers, bfloat16; those for sm_90 by themselves
+#     tests      the tests that a GPU takes part in
 #     sanitize   compute-sanitizer, memcheck and racecheck, on tiny problems
-#     bench      python -m relpos_cuda bench
-#     wgmma      tests, memcheck and bench of the attention's kernels for sm_90, beside the others
-#     profile    ncu on every kernel of sam_b_global and sam_b_windows, bfloat16
 #
 #   benchmarks/gpu_run.sh --list        the steps, and the seconds each may take
 #
 # A step that fails or runs out of time does not keep the next from running. Everything is written as it happens, to
 #
-#   OUT/log.txt        info, build, probe, sanitize      OUT/bench.txt   OUT/profile.txt   OUT/summary.json:
-#   OUT/tests.txt      OUT/tests.xml                     OUT/bench.json  OUT/profile.csv   exit code, seconds, ...
-#   OUT/wgmma.txt      OUT/wgmma/*                       OUT/*.svg
+#   OUT/log.txt        info, build, probe, sanitize      OUT/bench.txt   OUT/profile.txt       OUT/summary.json:
+#   OUT/wgmma.txt      OUT/wgmma.xml                     OUT/bench.json  OUT/profile*.ncu-rep  exit code, seconds, ...
+#   OUT/tests.txt      OUT/tests.xml                     OUT/*.svg       OUT/profile*.csv      OUT/clocks.csv
+#
+# Where a machine is dear, compile elsewhere: a wheel made with RELPOS_CUDA_BUILD=all TORCH_CUDA_ARCH_LIST=9.0a has the
+# libraries in relpos_cuda/_prebuilt; with them in that folder here, leave out `build`.
 #
 # Variables: OUT (default benchmarks/results/<gpu>/<date>-<commit>), PYTHON (python3), BUDGET (seconds for all steps
-# together; none), COMMIT (what git says), BENCH_ARGS and TEST_ARGS (more arguments of the two).
+# together; none), COMMIT (what git says), BENCH_ARGS and TEST_ARGS (more arguments of the two), ARCHIVE (a .tar.gz that
+# gets all of OUT after every step; none).
 #
 # Exit code: 0 if every step passed, 1 if one failed, 2 if there is no GPU or no such step.
 set -uo pipefail
 
-STEPS="info build probe tests sanitize bench wgmma profile"
+STEPS="info build probe wgmma bench profile tests sanitize"
 # Tests of builds, packaging and the emulator: the CPU's business, minutes of it.
-CPU_TESTS="bench bench_optional build canaries cute demo distributed gpu_run install isa loader modules readme sass
+CPU_TESTS="bench bench_optional build canaries cute demo distributed gpu_run install isa loader modules readme sass sass_rules
   sass_probe simt simt_races simt_sm90 toolchain"
 
 limit_of() {
@@ -36,11 +40,11 @@ limit_of() {
     info) echo 60 ;;
     build) echo 240 ;;
     probe) echo 120 ;;
+    wgmma) echo 120 ;;
+    bench) echo 540 ;;
+    profile) echo 240 ;;
     tests) echo 480 ;;
     sanitize) echo 300 ;;
-    bench) echo 540 ;;
-    wgmma) echo 300 ;;
-    profile) echo 240 ;;
   esac
 }
 
@@ -96,45 +100,62 @@ step_probe() {
 }
 
 step_tests() {
-  local options=(--junitxml="$OUT/tests.xml" -p no:cacheprovider -v -rfE --durations=15 -k "not emulated")
+  local options=() name
   for name in $CPU_TESTS attention_sm90; do options+=(--ignore="tests/test_$name.py"); done
-  if "$PYTHON" -c 'import xdist' 2>/dev/null; then
-    options+=(-n 4)
-    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-4}"
-  fi
   # shellcheck disable=SC2086  # several arguments
-  try "$PYTHON" -m pytest "${options[@]}" ${TEST_ARGS:-}
+  run_tests tests "${options[@]}" --ignore=tests/integrations -k "(cuda or gpu or threads_launch) and not emulated" \
+    --durations=15 ${TEST_ARGS:-} tests
+}
+
+step_wgmma() { # by itself: an instruction that a GPU refuses ends all that its process has there
+  run_tests wgmma -k "not emulated" tests/test_attention_sm90.py
+}
+
+run_tests() { # NAME OPTION...
+  local options=(--junitxml="$OUT/$1.xml" -p no:cacheprovider -v -rfE)
+  shift
+  if "$PYTHON" -c 'import xdist' 2>/dev/null; then
+    options+=(-n 8)
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-2}"
+    # A kernel that hangs must take no other test with it. Without workers, it would be all.
+    if "$PYTHON" -c 'import pytest_timeout' 2>/dev/null; then options+=(--timeout=60 --timeout-method=thread); fi
+  fi
+  # Interrupted in time, pytest tells what it has found so far.
+  try timeout --foreground -s INT -k 10 $((LIMIT > 30 ? LIMIT - 15 : LIMIT)) "$PYTHON" -m pytest "${options[@]}" "$@"
+}
+
+step_bench() {
+  local options=(--device cuda --ops logits attention --out "$OUT")
+  [ "${WGMMA_PASSED:-}" != 1 ] || options+=(--wgmma)
+  # shellcheck disable=SC2086  # several arguments
+  try "$PYTHON" -m relpos_cuda bench "${options[@]}" ${BENCH_ARGS:-}
+}
+
+step_profile() {
+  profile profile 0 logits attention
+  profile profile_sm90 1 attention
+}
+
+profile() { # NAME RELPOS_CUDA_WGMMA OP...
+  local name=$1 wgmma=$2 section options=(--clock-control none --profile-from-start off)
+  shift 2
+  for section in SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats \
+    Occupancy; do options+=(--section "$section"); done
+  options+=(--kernel-name 'regex:logits_|attention_|table_' --force-overwrite --export "$OUT/$name")
+  RELPOS_CUDA_WGMMA=$wgmma try ncu "${options[@]}" "$PYTHON" -m benchmarks.gpu_probe layers "$@" || return
+  ncu --import "$OUT/$name.ncu-rep" --csv --page raw >"$OUT/$name.csv"
+  try "$PYTHON" -m benchmarks.gpu_probe table "$OUT/$name.csv"
+  try ncu --import "$OUT/$name.ncu-rep" --page details
 }
 
 step_sanitize() {
   # Without the cache every tensor is an allocation of its own, and a write past its end is seen.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+  RELPOS_CUDA_WGMMA=1 try compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_probe tiny
+  local tool
   for tool in memcheck racecheck; do
     try compute-sanitizer --tool $tool --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_probe tiny
   done
-}
-
-step_bench() {
-  # shellcheck disable=SC2086  # several arguments
-  try "$PYTHON" -m relpos_cuda bench --device cuda --out "$OUT" ${BENCH_ARGS:-}
-}
-
-step_wgmma() { # by itself: an instruction that a GPU refuses ends all that its process has there
-  # A kernel that hangs must not take the rest with it.
-  try timeout -k 5 90 "$PYTHON" -m pytest -p no:cacheprovider -v -rfE -k "not emulated" tests/test_attention_sm90.py
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 RELPOS_CUDA_WGMMA=1 try timeout -k 5 60 \
-    compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m benchmarks.gpu_probe tiny
-  local bench=(--device cuda --parts ops --ops attention --no-compile --passes forward 'forward + backward')
-  RELPOS_CUDA_WGMMA=1 try "$PYTHON" -m relpos_cuda bench "${bench[@]}" --out "$OUT/wgmma" \
-    --cases sam_h_global sam_b_global sam_h_windows sam_b_windows mvitv2_stage1 deepseek_ocr_768
-}
-
-step_profile() {
-  local metrics
-  metrics=$("$PYTHON" -m benchmarks.gpu_probe metrics)
-  try ncu --clock-control none --profile-from-start off --kernel-name 'regex:logits_|attention_|table_' \
-    --metrics "$metrics" --csv --page raw --log-file "$OUT/profile.csv" "$PYTHON" -m benchmarks.gpu_probe layers
-  try "$PYTHON" -m benchmarks.gpu_probe table "$OUT/profile.csv" || cat "$OUT/profile.csv"
 }
 
 # ---- summary.json: the rows of this run, and of an earlier one into the same folder
@@ -165,7 +186,7 @@ PY
 # ---- all of them
 
 run_step() { # sets `code`
-  local step=$1 start=$SECONDS limit log size pid
+  local step=$1 start=$SECONDS limit log size pid shown
   limit=$(limit_of "$step")
   if [ -n "${BUDGET:-}" ] && [ $((BUDGET - SECONDS)) -lt "$limit" ]; then limit=$((BUDGET - SECONDS)); fi
   log=$(log_of "$step")
@@ -175,18 +196,27 @@ run_step() { # sets `code`
     code=124
   else
     size=$(wc -c <"$log")
-    timeout --kill-after=10 "$limit" "$BASH" "$SELF" --inside "$step" >>"$log" 2>&1 </dev/null &
+    LIMIT=$limit timeout --kill-after=10 "$limit" "$BASH" "$SELF" --inside "$step" >>"$log" 2>&1 </dev/null &
     pid=$!
     tail -c +$((size + 1)) -s 0.2 -f --pid=$pid "$log" &
+    shown=$!
     # shellcheck disable=SC2064  # these two
-    trap "kill $pid $! 2>/dev/null; wait $pid; exit 130" INT TERM
+    trap "kill $pid $shown 2>/dev/null; wait $pid; exit 130" INT TERM
     wait $pid
     code=$?
-    wait # for tail
+    wait $shown
     trap - INT TERM
   fi
   echo "===== $step: exit code $code, $((SECONDS - start)) s" | tee -a "$log"
   write_summary "$step" "$code" $((SECONDS - start)) "$limit"
+  [ -z "${ARCHIVE:-}" ] || { tar -czf "$ARCHIVE.new" -C "$OUT" . && mv "$ARCHIVE.new" "$ARCHIVE"; }
+}
+
+watch_clocks() { # until this script ends
+  local what=timestamp,clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active
+  nvidia-smi --query-gpu=$what --format=csv --loop-ms=500 >"$OUT/clocks.csv" 2>&1 </dev/null &
+  # shellcheck disable=SC2064  # this one
+  trap "kill $! 2>/dev/null" EXIT
 }
 
 SELF=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/$(basename "${BASH_SOURCE[0]}")
@@ -248,12 +278,14 @@ export OUT COMMIT
 
 echo "$DEVICE, driver $DRIVER, torch $TORCH, commit $COMMIT; results in $OUT"
 write_summary || exit 1
+watch_clocks
 failed=0
-for step in $STEPS; do
-  if [ $# = 0 ] || [[ " $* " == *" $step "* ]]; then
-    run_step "$step"
-    [ "$code" = 0 ] || failed=1
-  fi
+# shellcheck disable=SC2086  # several arguments
+[ $# != 0 ] || set -- $STEPS
+for step in "$@"; do
+  run_step "$step"
+  [ "$code" = 0 ] || failed=1
+  [ "$step $code" != "wgmma 0" ] || export WGMMA_PASSED=1
 done
 cat "$OUT/summary.json"
 exit $failed

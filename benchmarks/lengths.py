@@ -61,6 +61,7 @@ def rows_of(peer: str, device: str, dtype: str, gibibytes: float, patience: floa
     """What would take too long is not run, unless it should take too much memory: then that is tried."""
     last: dict[str, tuple[int, float, float]] = {}  # pass: side, seconds, GiB
     for side in sides:
+        torch._dynamo.reset()  # it compiles one function for a few shapes only
         case = square(f"{side}x{side}", 1, HEADS, side, HEAD_DIM)
         found = {p.name: p for p in attention.peers_of(case, device, compiled=peer == "flex")}[peer]
         for direction in ("forward", "forward + backward"):

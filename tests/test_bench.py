@@ -15,7 +15,7 @@ import torch
 from benchmarks import attention, cases, correctness, encoders, floors, lengths, logits, protocol, report, run
 from benchmarks.cases import Case, square
 from benchmarks.peers import Peer
-from relpos_cuda import _race
+from relpos_cuda import _env, _race
 
 SMALL = [
     square("square", 2, 2, 6, 16),
@@ -245,6 +245,16 @@ def test_the_command_fails_if_ours_does_not_run(small_cases, tmp_path: Path, mon
     monkeypatch.setattr(attention, "ours", refuses)
     arguments = ["--quick", "--parts", "ops", "--ops", "attention", "--device", "cpu", "--out", str(tmp_path)]
     assert run.main(arguments) == 1
+
+
+def test_kernels_of_sm90_have_turns_of_their_own(small_cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+    monkeypatch.setattr(attention, "ours", lambda x: (asked.append(_env.WGMMA()), attention.eager_sam(x))[1])
+    arguments = ["--quick", "--parts", "ops", "--ops", "attention", "--wgmma", "--device", "cpu"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0 and _env.WGMMA() == "0"
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert [row["peer"] for row in rows if "ours" in row["peer"]][:4] == ["ours"] * 2 + ["ours, wgmma"] * 2
+    assert asked.count("1") == asked.count("0") > 0
 
 
 def test_memory_that_is_unknown(monkeypatch: pytest.MonkeyPatch):

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -15,11 +16,12 @@ import pytest
 import torch
 
 from benchmarks import gpu_probe, probe_formulas
+from relpos_cuda import _libraries, _toolchain
 from simt import cases_sm90, toolchain
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
-STEPS = ["info", "build", "probe", "tests", "sanitize", "bench", "wgmma", "profile"]
+STEPS = ["info", "build", "probe", "wgmma", "bench", "profile", "tests", "sanitize"]
 NO_GPU = "#!/bin/sh\necho No devices were found\nexit 6\n"
 ONE_GPU = """#!/bin/sh
 case "$*" in *name,driver_version*) echo "NVIDIA Pretend 9000 (rev. 2), 999.01" ;; *) echo "pretend smi" ;; esac
@@ -86,7 +88,8 @@ def test_a_failing_step_stops_nothing_and_is_in_the_summary(tmp_path: Path):
     broken.parent.mkdir()
     broken.write_text("#!/bin/sh\necho broken on purpose\nexit 9\n")
     broken.chmod(0o755)
-    done = script("sanitize", "info", smi=ONE_GPU, folder=tmp_path, COMMIT="abc1234")
+    archive = tmp_path / "all.tar.gz"
+    done = script("sanitize", "info", smi=ONE_GPU, folder=tmp_path, COMMIT="abc1234", ARCHIVE=str(archive))
     out = tmp_path / "out"
     summary = json.loads((out / "summary.json").read_text())
     assert done.returncode == 1, done.stdout + done.stderr
@@ -97,11 +100,15 @@ def test_a_failing_step_stops_nothing_and_is_in_the_summary(tmp_path: Path):
         "driver": "999.01",
         "torch": torch.__version__,
     }
-    assert [(row["step"], row["exit"]) for row in summary["steps"]] == [("info", 0), ("sanitize", 9)]
+    assert [(row["step"], row["exit"]) for row in summary["steps"]] == [("sanitize", 9), ("info", 0)]
     log = (out / "log.txt").read_text()
-    assert "pretend smi" in log and "plan of the logits kernels" in log and log.count("broken on purpose") == 3
+    assert "pretend smi" in log and "plan of the logits kernels" in log and log.count("broken on purpose") == 4
     assert log.strip() in done.stdout, "shown as it happens"
-    assert {f.name for f in out.iterdir()} == {"log.txt", "summary.json"}
+    files = {"log.txt", "summary.json", "clocks.csv"}
+    assert {f.name for f in out.iterdir()} == files
+    with tarfile.open(archive) as packed:
+        assert {Path(name).name for name in packed.getnames() if name != "."} == files
+        assert json.load(packed.extractfile("./summary.json")) == summary
 
 
 def test_a_spent_budget_is_said_and_earlier_rows_stay(tmp_path: Path):
@@ -114,6 +121,49 @@ def test_a_spent_budget_is_said_and_earlier_rows_stay(tmp_path: Path):
         ("bench", 124, True),
     ]
     assert done.returncode == 1 and done.stdout.count("not run: BUDGET is spent") == 2
+
+
+def test_only_tests_of_the_gpu_are_collected(tmp_path: Path):
+    done = script("tests", smi=ONE_GPU, folder=tmp_path, TEST_ARGS="--collect-only -qq")
+    assert done.returncode == 0, done.stdout
+    found = re.findall(r"^(tests/.*?\.py)::", done.stdout, re.M)
+    names = re.search(r'^CPU_TESTS="([^"]*)"', SCRIPT.read_text(), re.M)[1].split()
+    assert not set(found) & {f"tests/test_{name}.py" for name in [*names, "attention_sm90"]}
+    assert {"tests/test_attention.py", "tests/test_logits.py", "tests/test_fallback.py"} <= set(found)
+    assert not [file for file in found if "integrations" in file]
+    assert len(found) < 900
+
+
+POISONED = """
+import importlib.util
+import torch
+
+spec = importlib.util.spec_from_file_location("theirs", {conftest!r})
+theirs = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(theirs)
+pytest_runtest_logfinish = theirs.pytest_runtest_logfinish
+broken = []
+
+def synchronize():
+    if broken:
+        raise RuntimeError("CUDA error: an illegal instruction was encountered")
+
+torch.cuda.is_initialized, torch.cuda.synchronize = (lambda: True), synchronize
+"""
+
+
+def test_an_error_that_cuda_does_not_recover_from_ends_one_test_only(tmp_path: Path):
+    pytest.importorskip("xdist")
+    (tmp_path / "conftest.py").write_text(POISONED.format(conftest=str(ROOT / "tests" / "conftest.py")))
+    (tmp_path / "test_poisoned.py").write_text(
+        "import conftest, pytest\n@pytest.mark.parametrize('i', range(12))\ndef test(i):\n"
+        "    assert not conftest.broken\n    if i == 3:\n        conftest.broken.append(i)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-p", "no:cacheprovider", str(tmp_path)]
+    path = f"{ROOT / 'tests'}{os.pathsep}{ROOT}"
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert re.search("1 failed, 1[12] passed", done.stdout), done.stdout
+    assert "crashed while running" in done.stdout
 
 
 # ---- the probe
@@ -134,7 +184,9 @@ def test_every_function_of_ptx_has_a_probe():
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory: pytest.TempPathFactory) -> gpu_probe.Probe:
     library = tmp_path_factory.mktemp("probe") / "emulated.so"
-    gpu_probe.compile_for_emulator(library)
+    flags = ["-O1", *_libraries.STABLE_ABI, "-isystem", str(_toolchain.torch().include), *_libraries.torch_inputs()]
+    sources = (gpu_probe.HERE / "probe.cu", toolchain.HERE / "selftest_sm90.cpp")
+    toolchain.compile_library(sources, library, extra=flags)
     return gpu_probe.load(library)
 
 
@@ -189,7 +241,7 @@ def test_hopper_cases_are_counted_over_many_processes(processes, right, says, mo
     monkeypatch.setattr(cases_sm90, "every_case", lambda: dict.fromkeys(["one", "two", "three"]))
     monkeypatch.setattr(gpu_probe, "MOST_PROCESSES", len(processes))
     answers = iter(processes)
-    assert gpu_probe.hopper_is_right("gpu", lambda first: (asked.append(first), next(answers))[1]) == right
+    assert gpu_probe.hopper_is_right(lambda first: (asked.append(first), next(answers))[1]) == right
     assert says in capsys.readouterr().out
     assert asked == sorted(set(asked)), "no case twice"
 
@@ -221,6 +273,12 @@ def test_a_hopper_process_ends_with_the_context(monkeypatch: pytest.MonkeyPatch,
 
 
 # ---- sanitize, profile
+
+
+@pytest.mark.parametrize("arguments", [[], ["fly"], ["hopper", "a file"], ["layers"], ["table"], ["probe", "more"]])
+def test_what_the_probe_does_not_do(arguments: list[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "argv", ["gpu_probe", *arguments])
+    assert gpu_probe.main() == 2
 
 
 def test_sanitized_problems_exist():
