@@ -90,17 +90,16 @@ class AttentionFunction(torch.autograd.Function):
         k_size: tables.Grid,
         num_prefix_tokens: int,
         scale: float,
+        native: bool,
         wants_gradients: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        problem = (q_size, k_size, num_prefix_tokens)
-        native = support.fused(q, *problem, "attention", scale)
         out = _empty_by_tokens(q)
         lse = None
         if wants_gradients:
             lse = torch.empty((math.prod(q.shape[:-2]), q.shape[-2]), dtype=accumulation_dtype(q), device=q.device)
         rows = [_with_contiguous_rows(t) for t in (q, k, v)]
         run = _ops.attention_fwd if native else _fallback_attention.attention_fwd
-        run(out, lse, *rows, table.to(q.dtype), index, *problem, scale)
+        run(out, lse, *rows, table.to(q.dtype), index, q_size, k_size, num_prefix_tokens, scale)
         return out, lse
 
     @staticmethod
@@ -115,7 +114,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         static = (ctx.problem, ctx.needs_input_grad[:4])
-        return *_once(_attention_gradients, static, grad, *ctx.saved_tensors), None, None, None, None, None, None
+        return *_once(_attention_gradients, static, grad, *ctx.saved_tensors), *[None] * 7
 
 
 def _attention_gradients(
@@ -131,7 +130,7 @@ def _attention_gradients(
     lse: Tensor,
 ) -> tuple[Tensor | None, ...]:
     """Of q, k, v and the table, as far as they are needed."""
-    q_size, k_size, prefix, scale = problem
+    q_size, k_size, prefix, scale, native = problem
     d_q, d_k, d_v = (_empty_by_tokens(t) if n else None for t, n in zip((q, k, v), needs[:3], strict=True))
     d_table = torch.empty(table.shape, dtype=accumulation_dtype(q), device=q.device) if needs[3] else None
     work_spaces = (
@@ -139,9 +138,8 @@ def _attention_gradients(
         *_factor_cache(q, q_size, k_size, prefix, needs[1] or needs[2]),
     )
     rows = [_with_contiguous_rows(t) for t in (grad, q, k, v, out)]
-    native = support.fused(q, q_size, k_size, prefix, "attention", scale)
     run = _ops.attention_bwd if native else _fallback_attention.attention_bwd
-    run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, *problem)
+    run(d_q, d_k, d_v, d_table, *rows, lse, table.to(q.dtype), index, *work_spaces, q_size, k_size, prefix, scale)
     return d_q, d_k, d_v, None if d_table is None else d_table.to(table.dtype)
 
 
@@ -176,11 +174,17 @@ def add_decomposed_rel_pos(*inputs: Any) -> Tensor:
     return _apply(AddDecomposedRelPos, *inputs)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, *others: Any) -> Tensor:
-    """The output alone; nothing is saved where no gradient can be asked for."""
+def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor, *problem: Any) -> Tensor:
+    """The output alone; nothing is saved where no gradient can be asked for.
+
+    Which path is taken is asked here: what torch.compile traces of a Function must not compare symbolic numbers of its
+    outside, as ``scale`` may be one.
+    """
+    q_size, k_size, prefix, scale = problem
+    native = support.fused(q, q_size, k_size, prefix, "attention", scale)
     needs = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or table.requires_grad)
     needs = needs or _is_transformed()
-    inputs = (q, k, v, table, *others, needs)
+    inputs = (q, k, v, table, index, *problem, native, needs)
     out, _ = _apply(AttentionFunction, *inputs) if needs else AttentionFunction.forward(*inputs)
     return out
 

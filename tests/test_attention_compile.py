@@ -139,6 +139,21 @@ def test_export(problem: Problem, strict: bool):
     assert any("attention_fwd" in str(node.target) for graph in graphs for node in graph.nodes)
 
 
+def test_layers_with_symbolic_scales():
+    """What a second layer compares inside its Function would be a number of the outside."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(relpos_cuda.RelPosAttention(16, 2, (4, 4)) for _ in range(2)))
+    compiled = torch.compile(layers, dynamic=True, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):
+        x = torch.randn(batch, 4, 4, 16)
+        got, want = compiled(x), layers(x)
+        torch.testing.assert_close(got, want)
+        parameters = list(layers.parameters())
+        gradients = [torch.autograd.grad(out.square().sum(), parameters) for out in (got, want)]
+        torch.testing.assert_close(*gradients)
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export_of_any_batch(strict: bool):
     """With parameters that could be trained, as every module has that nobody froze."""
