@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import tables
+from ._sharded import is_sharded
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -44,6 +46,12 @@ def check_tensor(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided or x.is_nested:
         raise TypeError(f"{name} must be a dense tensor, got {'a nested one' if x.is_nested else x.layout}")
+
+
+def refuse_sharded(**named: Tensor | None) -> None:
+    for name, x in named.items():
+        if is_sharded(x):
+            raise TypeError(f"{name} must be a local tensor, got a DTensor")
 
 
 def check_table(name: str, table: Tensor, q: Tensor | None) -> None:
@@ -120,7 +128,7 @@ def check_scale(scale: float | None, head_dim: int) -> float:
         return operator.index(head_dim) ** -0.5
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
         raise TypeError(f"scale must be a float or None, got {scale!r}")
-    if not -math.inf < scale < math.inf:  # math.isfinite cannot be traced
+    if not abs(scale) <= sys.float_info.max:  # math.isfinite cannot be traced
         raise ValueError(f"scale must be finite, got {scale}")
     return float(scale)
 

@@ -22,8 +22,8 @@ def on_shares(function: Callable[..., Tensor], operands: dict[str, Any], tables:
     """``function(**operands, **tables)`` on local tensors, and its result as a DTensor like the first operand.
 
     Raises:
-        ValueError: a tensor is no DTensor, or one on another mesh; ``q`` is sharded along tokens or channels, or not
-            yet reduced.
+        ValueError: a tensor is no DTensor, or one on another mesh; the first operand is sharded along tokens or
+            channels, or not yet reduced; or it is sharded and another has other leading axes.
     """
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
@@ -31,7 +31,7 @@ def on_shares(function: Callable[..., Tensor], operands: dict[str, Any], tables:
     for name, x in given.items():
         if not is_sharded(x):
             raise ValueError(f"{name} must be a DTensor, as others are, got {type(x).__name__}: distribute_tensor it")
-    first = next(iter(operands.values()))
+    first_name, first = next(iter(operands.items()))
     mesh, placements = first.device_mesh, first.placements
     for name, x in given.items():
         if x.device_mesh != mesh:
@@ -39,8 +39,12 @@ def on_shares(function: Callable[..., Tensor], operands: dict[str, Any], tables:
     leading = first.dim() - 2
     for placement in placements:
         if not (placement.is_replicate() or placement.is_shard() and placement.dim % first.dim() < leading):
-            name = next(iter(operands))
-            raise ValueError(f"{name} must be sharded along batch or heads, or replicated, got {list(placements)}")
+            wanted = "sharded along batch or heads, or replicated"
+            raise ValueError(f"{first_name} must be {wanted}, got {list(placements)}")
+    for name, x in operands.items():  # the axis that one is sharded along is that of all
+        if x.shape[:-2] != first.shape[:-2] and not all(placement.is_replicate() for placement in placements):
+            wanted = f"the leading axes of {first_name}, {list(first.shape[:-2])}, which is sharded along one of them"
+            raise ValueError(f"{name} must have {wanted}; got {list(x.shape)}")
     local = {name: x.redistribute(mesh, placements).to_local() for name, x in operands.items()}
     whole = [Replicate()] * mesh.ndim
     of_shares = [Replicate() if placement.is_replicate() else Partial() for placement in placements]

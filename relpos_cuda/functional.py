@@ -28,7 +28,7 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
     Args:
         q_size: Number of query coordinates along the axis.
         k_size: Number of key coordinates along the axis.
-        rel_pos: Learned table ``[L, D]``, any floating dtype, any device. If ``L`` is not
+        rel_pos: Learned table ``[L, D]``, any floating dtype, any device; no DTensor. If ``L`` is not
             ``2 * max(q_size, k_size) - 1`` it is interpolated linearly to that length first.
 
     Returns:
@@ -37,10 +37,11 @@ def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
 
     Raises:
         ValueError: a size is not positive, or ``rel_pos`` is not a non-empty ``[L, D]``.
-        TypeError: ``rel_pos`` is not floating point, or a size is not an int.
+        TypeError: ``rel_pos`` is not floating point or a DTensor, or a size is not an int.
 
     Source: the function of the same name in segment_anything's image encoder (detectron2, MViT, transformers agree).
     """
+    _checks.refuse_sharded(rel_pos=rel_pos)
     q_size = _checks.check_size("q_size", q_size)
     k_size = _checks.check_size("k_size", k_size)
     _checks.check_table("rel_pos", rel_pos, None)
@@ -72,10 +73,11 @@ def decomposed_rel_pos(
 
     Raises:
         ValueError: shapes, sizes or devices do not fit together (the message names argument, wanted, got).
-        TypeError: a dtype is not supported.
+        TypeError: a dtype is not supported, or a tensor is a DTensor.
 
     Source: `add_decomposed_rel_pos` of segment_anything-fast returns the same pair.
     """
+    _checks.refuse_sharded(q=q, rel_pos_h=rel_pos_h, rel_pos_w=rel_pos_w, rel_pos_t=rel_pos_t)
     grids = _checks.check_grids(q_size, k_size, rel_pos_t)
     tables_by_axis = _checks.check_queries(q, grids[0], rel_pos_h, rel_pos_w, rel_pos_t, 0)
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
@@ -121,6 +123,7 @@ def add_decomposed_rel_pos(
     Raises:
         ValueError: shapes, sizes or devices do not fit together (the message names argument, wanted, got).
         TypeError: a dtype is not supported.
+        RuntimeError: ``attn`` is a leaf that requires grad, and to be written into.
 
     Source: the function of the same name in segment_anything, detectron2 and their descendants; with
     ``num_prefix_tokens=1`` and ``rel_pos_t``, the relative position of MViTv2.
@@ -135,6 +138,8 @@ def add_decomposed_rel_pos(
     tables_by_axis = _checks.check_queries(q, q_grid, rel_pos_h, rel_pos_w, rel_pos_t, prefix)
     q, tables_by_axis = _checks.autocast(q, tables_by_axis)
     _checks.check_logits(attn, q, prefix + math.prod(q_grid), prefix + math.prod(k_grid))
+    if inplace and attn.requires_grad and attn.is_leaf and torch.is_grad_enabled():
+        raise RuntimeError("attn must not be a leaf Variable that requires grad, with inplace=True")
     if _wants_formula():
         more = _named(tables_by_axis, q) | {"num_prefix_tokens": prefix, "inplace": inplace}
         return reference.add_decomposed_rel_pos(attn, q, q_size=q_grid, k_size=k_grid, **more)

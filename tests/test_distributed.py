@@ -95,6 +95,19 @@ def refusals(rank: int) -> tuple[Gradients, Gradients]:
     ):
         with pytest.raises(ValueError, match=message):
             relpos_cuda.rel_pos_attention(**whole | wrong, q_size=GRID, k_size=GRID)
+    logits = {name: distribute_tensor(t, mesh, [Replicate()]) for name, t in operands("logits").items()}
+    for attn, q in (((4, 2), (2, 4)), ((2, 2, 2), (2, 4)), ((8,), (2, 4)), ((2, 4), (8,))):
+        tokens = GRID[0] * GRID[1]
+        shapes = {"attn": (*attn, tokens, tokens), "q": (*q, tokens, D)}
+        named = {name: distribute_tensor(torch.zeros(shape), mesh, [Shard(0)]) for name, shape in shapes.items()}
+        with pytest.raises(ValueError, match=r"q must have the leading axes of attn, \[.*which is sharded"):
+            relpos_cuda.add_decomposed_rel_pos(**logits | named, q_size=GRID, k_size=GRID)
+    for call in (
+        lambda: relpos_cuda.get_rel_pos(3, 3, logits["rel_pos_h"]),
+        lambda: relpos_cuda.decomposed_rel_pos(plain["q"], plain["rel_pos_h"], logits["rel_pos_w"], GRID, GRID),
+    ):
+        with pytest.raises(TypeError, match="rel_pos.* must be a local tensor, got a DTensor"):
+            call()
     return {}, {}
 
 

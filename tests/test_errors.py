@@ -148,6 +148,7 @@ KEYS = [
 SCALES = [
     ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
     ({"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ({"scale": 10**400}, ValueError, "scale must be finite, got 1000"),
     ({"scale": "0.5"}, TypeError, "scale must be a float or None, got '0.5'"),
     ({"scale": True}, TypeError, "scale must be a float or None, got True"),
     ({"scale": torch.tensor(0.5)}, TypeError, r"scale must be a float or None, got tensor\(0.5000\)"),
@@ -198,8 +199,12 @@ def test_is_supported(changes: dict, error: type[Exception], message: str):
 
 def test_in_place_on_a_leaf_is_refused_as_everywhere():
     leaf = torch.zeros(2, 3, 20, 20, requires_grad=True)
-    with pytest.raises(RuntimeError, match="leaf Variable"):
-        relpos_cuda.add_decomposed_rel_pos(**good(attn=leaf), inplace=True)
+    arguments = good(attn=leaf, q=torch.ones(2, 3, 20, 8), rel_pos_h=torch.ones(7, 8))
+    with pytest.raises(RuntimeError, match="attn must not be a leaf Variable"):
+        relpos_cuda.add_decomposed_rel_pos(**arguments, inplace=True)
+    assert not leaf.any(), "before anything is written"
+    with torch.no_grad():
+        assert relpos_cuda.add_decomposed_rel_pos(**arguments, inplace=True).data_ptr() == leaf.data_ptr()
 
 
 OPS = {"add_decomposed_rel_pos": good, "rel_pos_attention": good_attention}
