@@ -3,6 +3,7 @@
 Source: https://arxiv.org/abs/2112.01526 (MViTv2) defines the term; SAM and ViTDet made it ubiquitous.
 """
 
+from . import _flops as _flops  # FlopCounterMode knows the ops
 from . import reference
 from .functional import add_decomposed_rel_pos, decomposed_rel_pos, get_rel_pos, rel_pos_attention
 from .integrations.accelerate import Report, accelerate, restore

@@ -16,6 +16,7 @@ from . import _build, _env, _libraries, _report, _self_check
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m relpos_cuda", description=relpos_cuda.__doc__)
+    parser.add_argument("--version", action="version", version=f"relpos_cuda {relpos_cuda.__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help="what is installed, found, built and planned")
     build = commands.add_parser("build", help="compile the native libraries now")

@@ -17,13 +17,14 @@ def attention_of_qkv(
     tables: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """Self-attention on a grid, ``[B, H, W, heads * D]``; q, k and v are views of ``qkv``, read where they lie."""
-    batch, height, width, _ = qkv.shape
-    q, k, v = qkv.reshape(batch, height * width, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    batch, height, width, channels = qkv.shape
+    head_dim = channels // (3 * heads)  # a size of -1 would be ambiguous in an empty batch
+    q, k, v = qkv.reshape(batch, height * width, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
     if tables is None:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     else:
         out = rel_pos_attention(q, k, v, *tables, (height, width), (height, width), scale=scale)
-    return out.transpose(1, 2).reshape(batch, height, width, -1)
+    return out.transpose(1, 2).reshape(batch, height, width, heads * head_dim)
 
 
 class RelPosAttention(nn.Module):
@@ -44,7 +45,7 @@ class RelPosAttention(nn.Module):
 
     Raises:
         ValueError: a size is not positive, ``dim`` is not a multiple of ``num_heads``, or the input not of this shape.
-        TypeError: a size is not an int.
+        TypeError: a size is not an int, or the input no tensor.
 
     Source: the attention of segment_anything's image encoder; tables start at zero there, too.
     """
@@ -76,7 +77,8 @@ class RelPosAttention(nn.Module):
         return f"num_heads={self.num_heads}, tables for {sizes}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[-1] != self.qkv.in_features:
+        _checks.check_tensor("x", x)
+        if x.dim() != 4 or x.shape[-1] != self.qkv.in_features or x.shape[1] == 0 or x.shape[2] == 0:
             raise ValueError(f"x must be [B, H, W, {self.qkv.in_features}], got {list(x.shape)}")
         tables = self.rel_pos_h, self.rel_pos_w
         return self.proj(attention_of_qkv(self.qkv(x), self.num_heads, self.scale, tables))

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
+import inspect
 import io
+import weakref
 
 import pytest
 import torch
@@ -120,7 +123,7 @@ def test_saved_and_copied_models():
     model = sam()
     relpos_cuda.accelerate(model)
     twin = copy.deepcopy(model)
-    assert all(m.forward.__self__ is m for m in twin.modules() if "forward" in vars(m))
+    assert all(m.forward.module is m for m in twin.modules() if "forward" in vars(m))
     file = io.BytesIO()
     torch.save(model, file)
     loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)  # with the library's forward
@@ -129,6 +132,27 @@ def test_saved_and_copied_models():
     assert torch.equal(loaded(images(40, 40)).last_hidden_state, expected)
     assert len(relpos_cuda.accelerate(loaded).replaced) == LAYERS
     assert relpos_cuda.restore(twin) == LAYERS
+    loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    assert relpos_cuda.restore(loaded) == 0 and not any("forward" in vars(m) for m in loaded.modules())
+
+
+def test_a_deleted_model_leaves_nothing():
+    """At once: parameters that wait for Python's collector are memory of a GPU that nobody can use."""
+    model = sam()
+    relpos_cuda.accelerate(model)
+    model(images(40, 40))
+    forward = model.vision_encoder.layers[0].attn.forward
+    assert list(inspect.signature(forward).parameters)[0] == "hidden_states"
+    parameters = [weakref.ref(p) for p in model.parameters()]
+    gc.collect()
+    gc.disable()
+    try:
+        del model
+        assert not [p for p in parameters if p() is not None]
+    finally:
+        gc.enable()
+    with pytest.raises(ReferenceError, match="gone"):
+        copy.deepcopy(forward)
 
 
 def test_a_subclass_with_its_own_forward_is_left_alone():

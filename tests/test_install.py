@@ -120,7 +120,7 @@ def test_pip_install(tmp_path: Path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert time.monotonic() - started < 120
     installed = site / "relpos_cuda"
-    assert (installed / "csrc" / "cuda" / "logits.cu").is_file()
+    assert (installed / "csrc" / "cuda" / "logits.cu").is_file() and (installed / "py.typed").is_file()
     assert {f.name for f in (installed / "_prebuilt").iterdir()} >= {"librelpos_cpu.so", "librelpos_cpu.json"}
     variables = {**os.environ, "RELPOS_CUDA_NO_JIT": "1", "PATH": ""}
     code = USE + "print(_loader.plan().__file__, relpos_cuda.__file__)"

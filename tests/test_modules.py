@@ -71,7 +71,17 @@ def test_refusals(changes: dict, message: str):
         module(**changes)
 
 
-@pytest.mark.parametrize("shape", [(5, 5, 32), (1, 5, 5, 31)])
+@pytest.mark.parametrize("shape", [(5, 5, 32), (1, 5, 5, 31), (1, 0, 5, 32), (1, 5, 0, 32)])
 def test_the_shape_of_the_input(shape: tuple[int, ...]):
     with pytest.raises(ValueError, match=re.escape(f"x must be [B, H, W, 32], got {list(shape)}")):
         module()(torch.zeros(shape))
+    with pytest.raises(TypeError, match="x must be a tensor, got list"):
+        module()([0.0])
+
+
+def test_an_empty_batch():
+    ours, x = module(), torch.zeros(0, 4, 6, 32, requires_grad=True)
+    out = ours(x)
+    assert out.shape == x.shape
+    out.sum().backward()
+    assert x.grad.shape == x.shape and not any(p.grad.any() for p in ours.parameters())

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import types
 from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
 
 from ..modules import RelPosAttention
-from .adapters import Adapter, adapter_of, is_ours
+from .adapters import Adapter, Bound, adapter_of, is_ours
 
 FUSED = "fused"
 
@@ -89,13 +88,17 @@ def put_on(module: nn.Module, adapter: Adapter) -> str | None:
     """Why not, if not."""
     if is_ours(module):
         return None
-    replaced = getattr(vars(module).get("forward"), "__func__", None)
-    if "forward" in vars(module) and replaced is not type(module).forward:  # which a saved and loaded model has
+    if "forward" in vars(module) and not is_of_its_class(module):
         return "something else has replaced its forward"
     if reason := adapter.refuses(module):
         return reason
-    module.forward = types.MethodType(adapter.forward, module)
+    module.forward = Bound(adapter.forward, module)
     return None
+
+
+def is_of_its_class(module: nn.Module) -> bool:
+    """Whether its own ``__dict__`` has the forward of its class, as in a model that was saved with ours and loaded."""
+    return getattr(vars(module).get("forward"), "__func__", None) is type(module).forward
 
 
 def has_tables(module: nn.Module) -> bool:
@@ -118,7 +121,8 @@ def restore(model: nn.Module) -> int:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    modules = [module for module in model.modules() if is_ours(module)]
-    for module in modules:
+    ours = [module for module in model.modules() if is_ours(module)]
+    loaded = [module for module in model.modules() if is_of_its_class(module)]
+    for module in (*ours, *loaded):
         del module.forward
-    return len(modules)
+    return len(ours)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import types
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +41,6 @@ class Adapter:
     refuses: Callable[[Any], str | None] = never
     recognizes: Callable[[type], bool] | None = None
 
-    def __post_init__(self) -> None:
-        self.forward.__name__ = "forward"  # bound methods are pickled by name: a saved model loads with the library's
-
 
 def stock(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The forward of the library, on an instance that has ours."""
@@ -70,6 +70,37 @@ def name_of(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+class Bound:
+    """A method of a module that does not hold the module: deleted, that gives its memory back at once.
+
+    A bound method in the ``__dict__`` of its module would be a cycle, for Python's collector to find one day.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module) -> None:
+        self.function, self._module = function, weakref.ref(module)
+
+    @property
+    def module(self) -> nn.Module:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the module of this forward is gone")
+        return module
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(types.MethodType(self.function, self.module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Bound:
+        """Of a copy, where it is copied with its module."""
+        return Bound(self.function, memo.get(id(self.module), self.module))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """By name: a saved model loads with the forward of the library."""
+        return getattr, (self.module, "forward")
+
+
 def is_ours(module: nn.Module) -> bool:
-    function = getattr(vars(module).get("forward"), "__func__", None)
-    return any(function is adapter.forward for adapter in adapters())
+    return isinstance(vars(module).get("forward"), Bound)

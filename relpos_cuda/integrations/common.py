@@ -23,8 +23,10 @@ def pooled(
     """MViTv2's: the grid pooled behind its class token, everything normalised; and the new size of the grid."""
     if pool is not None:
         token, grid = x[:, :, :prefix], x[:, :, prefix:]
-        image = pool(grid.flatten(0, 1).transpose(1, 2).unflatten(2, tuple(size)).contiguous())
+        batch, heads, _, head_dim = x.shape  # not in unflatten, which has the older exporter to ONNX keep them
+        channels_first = grid.flatten(0, 1).transpose(1, 2)
+        image = pool(channels_first.reshape(batch * heads, head_dim, *size).contiguous())
         size = image.shape[2:]
-        grid = image.flatten(2).transpose(1, 2).unflatten(0, x.shape[:2])
+        grid = image.flatten(2).transpose(1, 2).reshape(batch, heads, size[0] * size[1], head_dim)
         x = torch.cat((token, grid), dim=2) if prefix else grid
     return x if norm is None else norm(x), size

@@ -16,7 +16,7 @@ from .common import Grid, pooled
 
 
 def mvit(self: Any, x: Tensor, in_size: Grid) -> tuple[Tensor, Grid]:
-    q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, q_size = pooled(q, self.pool_q, self.norm_q, in_size)
     k, k_size = pooled(k, self.pool_k, self.norm_k, in_size)
     v, _ = pooled(v, self.pool_v, self.norm_v, in_size)

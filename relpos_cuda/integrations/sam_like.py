@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import types
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -46,19 +47,29 @@ def is_copy(cls: type) -> bool:
 def disagrees(module: Any) -> str | None:
     """Both forwards on random numbers, with weights and tables of the shapes of this instance."""
     draw = torch.Generator().manual_seed(0)
-    weights = {
-        name: torch.randn(p.shape, generator=draw) * p.shape[-1] ** -0.5 for name, p in module.named_parameters()
-    }
-    probe = copy.copy(module)  # without the hooks of the instance, and with a __dict__ of its own
-    probe._forward_hooks, probe._forward_pre_hooks = type(module._forward_hooks)(), type(module._forward_pre_hooks)()
-    x = torch.randn(1, 3, 4, module.proj.in_features, generator=draw)
-    with torch.no_grad():
+    width = module.num_heads * module.rel_pos_h.shape[-1] if module.use_rel_pos else module.proj.in_features
+    probe = twin_of(module)
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), torch.no_grad():
+        weights = {
+            name: torch.randn(p.shape, generator=draw) * p.shape[-1] ** -0.5 for name, p in probe.named_parameters()
+        }
+        x = torch.randn(1, 3, 4, width, generator=draw)
         theirs = functional_call(probe, weights, (x,))
         probe.forward = types.MethodType(forward, probe)
         ours = functional_call(probe, weights, (x,))
     if ours.shape == theirs.shape and (ours - theirs).abs().max() <= AGREES * theirs.abs().max():
         return None
     return "its forward has the names of segment_anything's, but other results"
+
+
+def twin_of(module: nn.Module) -> nn.Module:
+    """The same parameters in a module of its own, whose calls nothing of the original sees: no hooks, no state."""
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters)
+    twin._buffers = {name: buffer if buffer is None else buffer.clone() for name, buffer in module._buffers.items()}
+    twin._modules = {name: child if child is None else twin_of(child) for name, child in module._modules.items()}
+    twin._forward_hooks, twin._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return twin
 
 
 def is_not_plain(module: nn.Module) -> str | None:

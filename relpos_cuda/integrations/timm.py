@@ -36,7 +36,7 @@ def mvit(self: Any, x: Tensor, feat_size: Grid) -> tuple[Tensor, Grid | list[int
     if is_traced(x):
         return stock(self, x, feat_size)
     prefix = int(self.has_cls_token)
-    q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = self.qkv(x).reshape(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     q, q_size = pooled(q, self.pool_q, self.norm_q, feat_size, prefix)
     k, k_size = pooled(k, self.pool_k, self.norm_k, feat_size, prefix)
     v, _ = pooled(v, self.pool_v, self.norm_v, feat_size, prefix)

@@ -8,6 +8,7 @@ from torch import nn
 
 import relpos_cuda
 from test_segment_anything import encoder
+from test_timm import mvit
 
 
 def images() -> torch.Tensor:
@@ -36,6 +37,21 @@ def test_ahead_of_time_inductor(tmp_path):
         exported = torch.export.export(model, (images(),))
         package = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "encoder.pt2"))
         torch.testing.assert_close(torch._inductor.aoti_load_package(package)(images()), model(images()))
+
+
+def test_onnx_of_any_batch(tmp_path):
+    """Sizes that the older exporter writes down as numbers are those that no call changes."""
+    runtime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model, file = mvit().eval(), str(tmp_path / "mvit.onnx")
+    assert relpos_cuda.accelerate(model).replaced
+    draw = torch.Generator().manual_seed(1)
+    pixels, more = torch.randn(2, 3, 32, 32, generator=draw), torch.randn(3, 3, 32, 32, generator=draw)
+    names = {"input_names": ["x"], "dynamic_axes": {"x": {0: "batch"}}}
+    with torch.no_grad():
+        torch.onnx.export(model, (pixels,), file, dynamo=False, **names)
+        (got,) = runtime.InferenceSession(file).run(None, {"x": more.numpy()})
+        torch.testing.assert_close(torch.from_numpy(got), model(more), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dynamo", [True, False])

@@ -160,9 +160,35 @@ def test_forks_that_compute_something_else_are_left_alone(old: str, new: str, re
 
 def test_probing_changes_nothing():
     model, hooked = fork(Fork), []
-    model[0].register_forward_hook(lambda *_: hooked.append(1))
+    for part in model.modules():
+        part.register_forward_hook(lambda *_: hooked.append(1))
+        part.register_forward_pre_hook(lambda *_: hooked.append(1))
+    model[0].proj.register_buffer("seen", torch.zeros(()))
     before, state = {n: p.clone() for n, p in model.state_dict().items()}, torch.get_rng_state()
-    relpos_cuda.accelerate(model)
+    dictionaries = {id(part._parameters): dict(part._parameters) for part in model.modules()}
+    twin = sam_like.twin_of(model[0])
+    assert not {id(part._parameters) for part in twin.modules()} & dictionaries.keys(), "other threads may be reading"
+    assert twin.proj.weight is model[0].proj.weight and twin.proj.seen is not model[0].proj.seen
+    assert len(relpos_cuda.accelerate(model).replaced) == 1
     assert all(torch.equal(before[name], p) for name, p in model.state_dict().items())
+    assert {id(part._parameters): dict(part._parameters) for part in model.modules()} == dictionaries
     assert torch.equal(state, torch.get_rng_state())
     assert not hooked
+
+
+class Wrapped(nn.Module):
+    """A Linear as LoRA wraps it: without the attributes of one."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
+
+
+def test_forks_are_recognised_whatever_the_surroundings():
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        model = fork(Fork)
+        model[0].proj = Wrapped(model[0].proj)
+        assert len(relpos_cuda.accelerate(model).replaced) == 1
