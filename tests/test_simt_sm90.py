@@ -203,6 +203,12 @@ def test_accumulators_keep_their_shape(shim: Selftest):
     assert f"{marked('shape')}: uses accumulators of another shape before wgmma_wait" in (complaint or "")
 
 
+def test_operands_in_registers_stay_until_they_are_waited_for(shim: Selftest, schedule):
+    schedule("fifo", 0, "late")
+    complaint = wgmma(shim, "rs", "float16", 64, False, Swizzle.B128, Swizzle.B128, "touches operands").complaint
+    assert "an operand in registers was changed before wgmma_wait" in (complaint or "")
+
+
 def test_every_group_of_products_needs_a_fence(shim: Selftest):
     complaint = wgmma(shim, "ss", "float16", 64, False, Swizzle.B128, Swizzle.B128, "no fence after a commit").complaint
     assert "comes to wgmma without wgmma_fence since its last wgmma_commit" in (complaint or "")

@@ -141,12 +141,12 @@ struct Wgmma {
     float d[N / 2];
     for (float& x : d) x = 7;  // which the first product overwrites
     for (int step = 0; step < p.n; ++step) {
+      uint32_t registers[4] = {};  // until the product is waited for
       const auto descriptor = [&](const Operand& m) {
         const int astray = p.fault("off the swizzle") ? 128 : p.fault("outside") ? 1 << 16 : 0;
         return relpos::wgmma_descriptor(smem + m.of_step(step) + astray, m.leading, m.stride, m.swizzle);
       };
       if constexpr (RS) {
-        uint32_t registers[4];
         memcpy(registers, static_cast<const uint32_t*>(p.b) + (step * 128 + thread()) * 4, sizeof registers);
         relpos::wgmma_fence(d);
         relpos::wgmma_rs<T, N, B_MN_MAJOR>(d, registers, descriptor(b), step > 0);
@@ -159,6 +159,7 @@ struct Wgmma {
         relpos::wgmma_rs<T, 64, B_MN_MAJOR>(narrow, {}, descriptor(b), true);  // line: shape
       relpos::wgmma_commit();
       if (p.fault("no fence after a commit")) relpos::wgmma_ss<T, N, B_MN_MAJOR>(d, descriptor(a), descriptor(b), true);
+      if (RS && p.fault("touches operands")) registers[2] ^= 1;
       relpos::wgmma_wait<0>(d);
     }
     memcpy(static_cast<float*>(p.out) + thread() * N / 2, d, sizeof d);

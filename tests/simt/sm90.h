@@ -245,13 +245,21 @@ void wgmma_rs(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumu
               simt::Site site = simt::Site::current()) {
   const simt::Matrix b_matrix{b, B_MN_MAJOR};
   b_matrix.check(site);
-  const simt::Gathered warp = simt::gather(simt::kWgmmaSync, ~0u, simt::Registers{{a[0], a[1], a[2], a[3]}}, site);
+  const simt::Registers mine{{a[0], a[1], a[2], a[3]}};
+  const simt::Gathered warp = simt::gather(simt::kWgmmaSync, ~0u, mine, site);
   simt::Rows rows;
   for (int i = 0; i < 32; ++i) {
     const int h = i / 16, k = i % 16, holder = simt::lane() / 4 * 4 + k % 8 / 2;
     rows.a[h][k] = simt::half_of<T>(warp.at<simt::Registers>(holder).r[k / 8 * 2 + h], k % 2);
   }
-  simt::product(d, [=](float* sum) { simt::add_product<T, N>(sum, rows, b_matrix, accumulate, site); }, site);
+  simt::product(
+      d,
+      [=, registers = &a[0]](float* sum) {
+        if (std::memcmp(registers, mine.r, sizeof mine.r) != 0)
+          simt::fail(site, "an operand in registers was changed before wgmma_wait");
+        simt::add_product<T, N>(sum, rows, b_matrix, accumulate, site);
+      },
+      site);
 }
 
 template <int REGISTERS>
