@@ -3,7 +3,7 @@
 // It throws simt::Error, with the kernel's source line, for an mbarrier used before it is initialised or, by TMA,
 // before a fence; arrivals and bytes it did not expect; a copy to a misaligned place, out of shared memory, or not
 // waited for; wgmma by less than a warpgroup or without wgmma_fence, a matrix out of shared memory or off its swizzle,
-// accumulators or operands touched before wgmma_wait; a named barrier with an id, threads, or a part of a warp that it cannot have.
+// accumulators or operands touched before wgmma_wait; a named barrier with an id, or threads, that it cannot have.
 #include "sm90.h"
 
 #include <algorithm>
