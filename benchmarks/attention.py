@@ -130,11 +130,13 @@ def with_wgmma() -> Iterator[None]:
     """Launchers ask for it in every call; a graph keeps what it was captured with."""
     before = os.environ.get(_env.WGMMA.name)
     os.environ[_env.WGMMA.name] = "1"
-    yield
-    if before is None:
-        del os.environ[_env.WGMMA.name]
-    else:
-        os.environ[_env.WGMMA.name] = before
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_env.WGMMA.name]
+        else:
+            os.environ[_env.WGMMA.name] = before
 
 
 def peers_of(case: Case, device: str, compiled: bool) -> list[Peer]:

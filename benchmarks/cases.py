@@ -125,8 +125,8 @@ def draw(case: Case, dtype: torch.dtype, device: str, seed: int = 0) -> Inputs:
     else:
         (q,) = heads_of(case.batch, case.rows, 1, *tokens)
         k, v = heads_of(case.batch, case.columns, 2, *tokens)
-    sides = [2 * max(pair) - 1 for pair in zip(case.q_size, case.k_size, strict=True)]
-    rel_pos = (normal(side, case.head_dim) * case.head_dim**-0.5 for side in sides)
+    axes = list(zip(case.q_size, case.k_size, strict=True))
+    rel_pos = (normal(tables.rows_of(*axis), case.head_dim) * case.head_dim**-0.5 for axis in axes)
     leaves = [t.detach().requires_grad_() for t in (q, k, v, *rel_pos)]
-    index = [tables.index(*pair).to(device) for pair in zip(case.q_size, case.k_size, strict=True)]
+    index = [tables.index(*axis).to(device) for axis in axes]
     return Inputs(case, *leaves, *index, grad=normal(case.batch, case.rows, *tokens).transpose(1, 2))

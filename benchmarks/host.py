@@ -6,6 +6,7 @@ processors worked, so that others on the machine do not count.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -34,16 +35,16 @@ def measured(ops: Iterable[ModuleType], device: str, progress: Callable) -> list
     with one_thread():
         for op in ops:
             x = op.draw(CASE, DTYPES["bfloat16" if device == "cuda" else "float32"], device)
-            runs = [(peer, name) for peer in op.peers_of(CASE, device, False) for name in PASSES if peer.gradients]
-            for peer, name in runs:
-                call, run = peer.on(x), PASSES[name]
+            op_name = op.__name__.rpartition(".")[2]
+            peers = [peer for peer in op.peers_of(CASE, device, compiled=False) if peer.gradients]
+            for peer, (name, run) in itertools.product(peers, PASSES.items()):
+                call = peer.on(x)
                 progress(f"{peer.name}, {name}")
                 with peer.around():
                     try:
                         microseconds = cost(lambda run=run, call=call: run(call), device)
                     except RuntimeError:  # this backend does not take so small a layer
                         continue
-                op_name = op.__name__.rpartition(".")[2]
                 rows.append({"op": op_name, "peer": peer.name, "pass": name, "microseconds": microseconds})
     return rows
 
@@ -64,5 +65,7 @@ def cost(run: Callable[[], Any], device: str) -> float:
 def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -36,7 +36,7 @@ def check_grids(
 
 
 def check_grid(name: str, size: Sequence[int], axes: Sequence[int], wanted: str) -> tables.Grid:
-    if not isinstance(size, (tuple, Sequence)) or len(size) not in axes:
+    if not isinstance(size, Sequence) or len(size) not in axes:
         raise ValueError(f"{name} must be {wanted}, got {size!r}")
     return tuple(check_size(f"{name}[{a}]", n) for a, n in enumerate(size))
 

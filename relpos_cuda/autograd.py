@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import math
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import _fallback, _fallback_attention, _ops, support, tables
+from ._apply import apply, is_transformed
 from ._fallback import accumulation_dtype
 
 Gradients = Callable[..., tuple[Tensor | None, ...]]
@@ -169,49 +167,28 @@ def _once(gradients: Gradients, static: tuple[Any, ...], *tensors: Tensor) -> tu
     return gradients(*static, *tensors)
 
 
-def add_decomposed_rel_pos(*inputs: Any) -> Tensor:
-    """The inputs are those of :class:`AddDecomposedRelPos`."""
-    return _apply(AddDecomposedRelPos, *inputs)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, index: Tensor, *problem: Any) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    index: Tensor,
+    q_size: tables.Grid,
+    k_size: tables.Grid,
+    num_prefix_tokens: int,
+    scale: float,
+) -> Tensor:
     """The output alone; nothing is saved where no gradient can be asked for.
 
     Which path is taken is asked here: what torch.compile traces of a Function must not compare symbolic numbers of its
     outside, as ``scale`` may be one.
     """
-    q_size, k_size, prefix, scale = problem
-    native = support.fused(q, q_size, k_size, prefix, "attention", scale)
+    native = support.fused(q, q_size, k_size, num_prefix_tokens, "attention", scale)
     needs = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad or table.requires_grad)
-    needs = needs or _is_transformed()
-    inputs = (q, k, v, table, index, *problem, native, needs)
-    out, _ = _apply(AttentionFunction, *inputs) if needs else AttentionFunction.forward(*inputs)
+    needs = needs or is_transformed()
+    inputs = (q, k, v, table, index, q_size, k_size, num_prefix_tokens, scale, native, needs)
+    out, _ = apply(AttentionFunction, *inputs) if needs else AttentionFunction.forward(*inputs)
     return out
-
-
-def _apply(function: type[torch.autograd.Function], *inputs: Any) -> Any:
-    """``function.apply``, in less time where nothing but PyTorch's own autograd looks on."""
-    if torch.compiler.is_compiling() or _is_transformed():
-        return function.apply(*inputs)
-    return _at_once(function).apply(*inputs)
-
-
-@functools.cache
-def _at_once(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    """The same, of the same name, without ``setup_context``: with one, every call binds the arguments to names."""
-
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        output = function.forward(*inputs)
-        function.setup_context(ctx, inputs, output)
-        return output
-
-    members = {"forward": staticmethod(forward), "setup_context": torch.autograd.Function.setup_context}
-    return types.new_class(function.__name__, (function,), exec_body=lambda body: body.update(members))
-
-
-def _is_transformed() -> bool:
-    """Whether tensors may have derivatives that their requires_grad does not tell of, in reverse or forward mode."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _empty_by_tokens(like: Tensor) -> Tensor:

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _checks, autograd, reference, tables
+from . import _checks, reference, tables
+from ._apply import apply
 from ._sharded import is_sharded, on_shares
+from .autograd import AddDecomposedRelPos, attention
 
 
 def get_rel_pos(q_size: int, k_size: int, rel_pos: Tensor) -> Tensor:
@@ -146,8 +148,8 @@ def add_decomposed_rel_pos(
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
     if inplace and torch.compiler.is_compiling():  # functionalised anyway
-        return attn.copy_(autograd.add_decomposed_rel_pos(attn, q, table, index, q_grid, k_grid, prefix, False))
-    return autograd.add_decomposed_rel_pos(attn, q, table, index, q_grid, k_grid, prefix, inplace)
+        return attn.copy_(apply(AddDecomposedRelPos, attn, q, table, index, q_grid, k_grid, prefix, False))
+    return apply(AddDecomposedRelPos, attn, q, table, index, q_grid, k_grid, prefix, inplace)
 
 
 def rel_pos_attention(
@@ -214,7 +216,7 @@ def rel_pos_attention(
         return reference.rel_pos_attention(q, k, v, q_size=q_grid, k_size=k_grid, **more)
     table = tables.stack(tables_by_axis, q_grid, k_grid)
     index = tables.lookup(q_grid, k_grid, q.device)
-    return autograd.attention(q, k, v, table, index, q_grid, k_grid, prefix, scale)
+    return attention(q, k, v, table, index, q_grid, k_grid, prefix, scale)
 
 
 def _named(tables_by_axis: list[Tensor], q: Tensor) -> dict[str, Any]:

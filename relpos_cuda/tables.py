@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ._apply import apply
+
 Grid = tuple[int, ...]  # (h, w) or (t, h, w)
 
 
@@ -106,7 +108,7 @@ def _slot(q_size: Grid, k_size: Grid) -> int:
 
 def resize(table: Tensor, rows: int) -> Tensor:
     """``table`` linearly interpolated to ``rows`` rows (align_corners=False); itself if it has them already."""
-    return table if table.shape[0] == rows else _Resize.apply(table, rows)
+    return table if table.shape[0] == rows else apply(_Resize, table, rows)
 
 
 def _interpolate(table: Tensor, rows: int) -> Tensor:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+import torch
 
 from benchmarks import attention, documents, host, logits, report, run
+from relpos_cuda import _env
 
 
 def row(peer: str, milliseconds: float, plain: float | None = None) -> dict:
@@ -59,6 +63,19 @@ def test_what_a_call_costs_the_host(monkeypatch: pytest.MonkeyPatch):
     assert "host" in run.PART
 
 
+def test_a_peer_that_raises_leaves_no_trace(monkeypatch: pytest.MonkeyPatch):
+    for name, before in (("wgmma unset", None), ("wgmma set", "0")):
+        if before is None:
+            monkeypatch.delenv(_env.WGMMA.name, raising=False)
+        else:
+            monkeypatch.setenv(_env.WGMMA.name, before)
+        threads = torch.get_num_threads()
+        with pytest.raises(RuntimeError, match=name), attention.with_wgmma(), host.one_thread():
+            assert _env.WGMMA() == "1" and torch.get_num_threads() == 1
+            raise RuntimeError(name)
+        assert os.environ.get(_env.WGMMA.name) == before and torch.get_num_threads() == threads
+
+
 def test_a_backend_that_does_not_take_the_layer_is_left_out():
     def refuses(x):
         raise RuntimeError("no kernel for four tokens")
@@ -68,7 +85,7 @@ def test_a_backend_that_does_not_take_the_layer_is_left_out():
         draw = staticmethod(attention.draw)
 
         @staticmethod
-        def peers_of(*_):
+        def peers_of(*_, compiled):
             return [attention.peer("refuses", refuses)]
 
     assert host.measured([Op()], "cpu", lambda what: None) == []

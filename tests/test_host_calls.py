@@ -12,6 +12,7 @@ import relpos_cuda
 from problems import call, call_attention, draw, draw_attention, same
 
 PROBLEM = same("small", 2, 2, 8)
+RESIZED = same("resized", 2, 2, 8, table=7)
 
 
 def calls_of(function: Callable[[], Any]) -> list[str]:
@@ -51,6 +52,13 @@ def test_attention(real_device: str):
         grad = torch.ones_like(forward())
         calls = calls_of(lambda: torch.autograd.backward(forward(), grad))
         assert len(calls) <= 290, calls
+
+
+def test_resized_tables(real_device: str):
+    """Their Function, too, is applied without binding names: that alone would be twice a hundred calls."""
+    inputs = draw_attention(RESIZED, torch.float32).leaves(torch.float32, real_device)
+    calls = calls_of(lambda: call_attention(relpos_cuda.rel_pos_attention, RESIZED, inputs))
+    assert calls.count("apply") >= 3 and "bind_default_args" not in calls, calls
 
 
 def test_logits(real_device: str):
