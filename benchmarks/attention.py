@@ -3,7 +3,7 @@
 Every peer gets q, k, v and the tables, and makes all else from them; its name in tables, and what it is:
 
     ours
-    ours, wgmma         the same where RELPOS_CUDA_WGMMA=1 asks for the kernels of sm_90
+    ours, mma.sync      the same where RELPOS_CUDA_WGMMA=0 asks sm_90 for the kernels of every architecture
     eager, SAM          softmax((scale * q k^T + rel_h) + rel_w) v, as segment_anything and its descendants write it
     eager, HF           bias first, then one addition, softmax in float32, as transformers writes it; on a GPU
     compiled            eager, SAM under torch.compile
@@ -126,10 +126,10 @@ def no_bias(x: Inputs) -> Tensor:
 
 
 @contextlib.contextmanager
-def with_wgmma() -> Iterator[None]:
+def without_wgmma() -> Iterator[None]:
     """Launchers ask for it in every call; a graph keeps what it was captured with."""
     before = os.environ.get(_env.WGMMA.name)
-    os.environ[_env.WGMMA.name] = "1"
+    os.environ[_env.WGMMA.name] = "0"
     try:
         yield
     finally:

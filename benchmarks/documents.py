@@ -31,7 +31,7 @@ COLUMNS = {
         *("bare `add_(1)`", "bare `add(1)`"),
     ),
     "attention": (
-        *("ours, wgmma", "sdpa, dense bias", "sdpa, dense bias, efficient", "sdpa, dense bias, cudnn", "eager"),
+        *("ours, mma.sync", "sdpa, dense bias", "sdpa, dense bias, efficient", "sdpa, dense bias, cudnn", "eager"),
         *("eager, SAM", "eager, HF", "compiled", "flex", "concat", "concat, cudnn"),
         *("sdpa, no bias", "sdpa, no bias, flash", "sdpa, no bias, cudnn"),
     ),

@@ -55,7 +55,7 @@ SANITIZED_SM90 = (
     Problem("class_tokens", (5, 9), (4, 11), 96, batch=2, prefix=3),
 )
 PROFILED = ("sam_b_global", "sam_h_global", "sam_b_windows")
-PROFILED_SM90 = ("sam_b_global", "sam_h_global")
+PROFILED_SM90 = ("sam_b_global", "sam_h_global", "mvitv2_stage1")
 
 Probe = Callable[[str, Tensor], Tensor]  # name, words [32, in] -> words [32, out]
 

@@ -6,7 +6,7 @@
 #     info       what the machine is
 #     build      compiles the libraries for the visible GPU; registers and spills of every kernel
 #     probe      every function of csrc/cuda/tile/ptx.cuh: the GPU's bits against those that the emulator is held to
-#     wgmma      tests of the attention's kernels for sm_90; if all pass, `bench` times them beside the others
+#     wgmma      tests of the attention's kernels for sm_90; if one fails, later steps leave these kernels aside
 #     bench      python -m relpos_cuda bench, the logits op first
 #     profile    ncu on every kernel of a few layers, bfloat16; those for sm_90 by themselves
 #     tests      the tests that a GPU takes part in
@@ -18,7 +18,7 @@
 #
 #   OUT/log.txt        info, build, probe, sanitize      OUT/bench.txt   OUT/profile.txt       OUT/summary.json:
 #   OUT/wgmma.txt      OUT/wgmma.xml                     OUT/bench.json  OUT/profile*.ncu-rep  exit code, seconds, ...
-#   OUT/tests.txt      OUT/tests.xml                     OUT/*.svg       OUT/profile*.csv      OUT/clocks.csv
+#   OUT/tests.txt      OUT/tests.xml                     OUT/*.svg       OUT/profile*.csv*     OUT/clocks.csv
 #
 # Where a machine is dear, compile elsewhere: a wheel made with RELPOS_CUDA_BUILD=all TORCH_CUDA_ARCH_LIST=9.0a has the
 # libraries in relpos_cuda/_prebuilt; with them in that folder here, leave out `build`.
@@ -125,10 +125,8 @@ run_tests() { # NAME OPTION...
 }
 
 step_bench() {
-  local options=(--device cuda --ops logits attention --out "$OUT")
-  [ "${WGMMA_PASSED:-}" != 1 ] || options+=(--wgmma)
   # shellcheck disable=SC2086  # several arguments
-  try "$PYTHON" -m relpos_cuda bench "${options[@]}" ${BENCH_ARGS:-}
+  try "$PYTHON" -m relpos_cuda bench --device cuda --ops logits attention --mma-sync --out "$OUT" ${BENCH_ARGS:-}
 }
 
 step_profile() {
@@ -140,12 +138,13 @@ profile() { # NAME RELPOS_CUDA_WGMMA OP...
   local name=$1 wgmma=$2 section options=(--clock-control none --profile-from-start off)
   shift 2
   for section in SpeedOfLight ComputeWorkloadAnalysis MemoryWorkloadAnalysis SchedulerStats WarpStateStats LaunchStats \
-    Occupancy; do options+=(--section "$section"); done
+    Occupancy SourceCounters; do options+=(--section "$section"); done
   options+=(--kernel-name 'regex:logits_|attention_|table_' --force-overwrite --export "$OUT/$name")
   RELPOS_CUDA_WGMMA=$wgmma try ncu "${options[@]}" "$PYTHON" -m benchmarks.gpu_probe layers "$@" || return
   ncu --import "$OUT/$name.ncu-rep" --csv --page raw >"$OUT/$name.csv"
   try "$PYTHON" -m benchmarks.gpu_probe table "$OUT/$name.csv"
   try ncu --import "$OUT/$name.ncu-rep" --page details
+  ncu --import "$OUT/$name.ncu-rep" --page source --csv | gzip >"$OUT/$name.source.csv.gz" # where warps waited
 }
 
 step_sanitize() {
@@ -285,7 +284,7 @@ failed=0
 for step in "$@"; do
   run_step "$step"
   [ "$code" = 0 ] || failed=1
-  [ "$step $code" != "wgmma 0" ] || export WGMMA_PASSED=1
+  [ "$step" != wgmma ] || [ "$code" = 0 ] || export RELPOS_CUDA_WGMMA=0
 done
 cat "$OUT/summary.json"
 exit $failed

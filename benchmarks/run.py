@@ -77,7 +77,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--passes", nargs="+", choices=protocol.PASSES, help="(all; on a CPU, not backward alone)")
     parser.add_argument("--no-compile", action="store_true", help="leave out what torch.compile makes, minutes of it")
-    parser.add_argument("--wgmma", action="store_true", help="the kernels of sm_90 beside the others")
+    parser.add_argument("--mma-sync", action="store_true", help="on sm_90, also the kernels of every architecture")
     parser.add_argument("--seconds", type=float, help="of the rounds of one case (2; 8 on a CPU)")
     parser.add_argument("--rounds", type=int, help="of peers, at least (3), and of encoders (10; 1 on a CPU)")
     parser.add_argument("--memory", type=float, help="GiB that a peer may take in `lengths` (a GPU's; 12 on a CPU)")
@@ -99,7 +99,7 @@ def with_defaults(options: argparse.Namespace) -> argparse.Namespace:
     options.rounds = options.rounds or (2 if quick else 3)
     options.no_compile |= quick
     options.parts = options.parts or (PARTS[:1] if quick else PARTS)
-    options.wgmma &= on_cpu or torch.cuda.get_device_capability() == (9, 0)
+    options.mma_sync &= on_cpu or torch.cuda.get_device_capability() == (9, 0)
     options.sides = (14, 28) if quick else lengths.SIDES
     options.patience = 1.0 if quick else 10.0
     total = 12.0 if on_cpu else torch.cuda.get_device_properties(0).total_memory / 2**30
@@ -122,8 +122,8 @@ def run_ops(options: argparse.Namespace, progress: Progress) -> Found:
         with peers.no_compiled_leftovers():
             compiled = not options.no_compile and (options.device == "cpu" or case in COMPILED_ON_GPU)
             found = OPS[op].peers_of(CASES[case], options.device, compiled)
-            if options.wgmma and op == "attention":
-                found.insert(1, attention.peer("ours, wgmma", attention.ours, around=attention.with_wgmma))
+            if options.mma_sync and op == "attention":
+                found.insert(1, attention.peer("ours, mma.sync", attention.ours, around=attention.without_wgmma))
             missing: peers.Refusals = {}
             if options.peers and op == "attention":
                 more, missing = optional.peers_of(options.peers, CASES[case])

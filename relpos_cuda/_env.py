@@ -112,10 +112,10 @@ CPU_ISA = Variable(
 )
 WGMMA = Variable(
     "RELPOS_CUDA_WGMMA",
-    "0",
-    "1: on sm_90, the attention in half precision takes the kernels with TMA and `wgmma`, which no GPU has run "
-    "yet.",  # read by csrc/cuda, listed here
-    _one_of("0", "1"),
+    "auto",
+    "On sm_90, whether the attention in half precision takes the kernels with TMA and `wgmma`: `auto` (where they are "
+    "faster), `0`, `1` (wherever they can).",  # read by csrc/cuda, listed here
+    _one_of("auto", "0", "1"),
 )
 ARCH_LIST = Variable(
     "TORCH_CUDA_ARCH_LIST",

@@ -22,9 +22,12 @@ Row = tuple[str, str]
 # name, heads, head dimension
 SAM_MODELS = [("SAM-B", 12, 64), ("SAM-L", 16, 64), ("SAM-H", 16, 80)]
 SAM_LAYERS = [("global", 1, (64, 64)), ("window", 25, (14, 14))]  # name, windows of an image, grid
-KERNELS = {  # where a window has kernels of its own, these run
+KERNELS = {  # where windows, or sm_90, have kernels of their own, these run
     "logits": ("forward", "backward"),
-    "attention": ("forward_window", "forward", "backward_window", "backward_queries", "backward_keys"),
+    "attention": (
+        *("forward_window", "forward_sm90", "forward", "backward_window"),
+        *("backward_queries_sm90", "backward_queries", "backward_keys_sm90", "backward_keys"),
+    ),
 }
 
 
@@ -119,7 +122,7 @@ def sam_plans(planner: ModuleType, op: str) -> str:
     for arch, (model, heads, head_dim), (layer, windows, grid), kernel, dtype in layers:
         problem = (kernel, dtype, windows * heads, grid, grid, head_dim, 0, arch)
         p = planner.plan_logits(*problem) if op == "logits" else planner.plan_attention(*problem, head_dim**-0.5)
-        if kernel.endswith("_window") and p.refusal:
+        if kernel.endswith(("_window", "_sm90")) and p.refusal:
             continue  # the others take it
         what = (str(arch), model, layer, kernel, dtype, p.refusal or p.kernel)
         table.append((*what, *map(str, (p.block_rows, p.threads, p.shared_bytes, p.grid))))

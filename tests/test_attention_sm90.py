@@ -110,7 +110,7 @@ def test_layouts(layout: Callable[[list[Tensor]], list[Tensor]], device: str):
     assert torch.equal(got[0].reshape(want.shape), want)
 
 
-@pytest.mark.parametrize("where", ["keys of all groups", "class tokens", "float32", "not asked for"])
+@pytest.mark.parametrize("where", ["keys of all groups", "class tokens", "float32", "not wanted"])
 def test_what_the_other_kernel_does(where: str, device: str, monkeypatch: pytest.MonkeyPatch):
     """Keys without a stride, which TMA does not take, among others."""
     prefix, dtype = int(where == "class tokens"), torch.float32 if where == "float32" else torch.bfloat16
@@ -119,12 +119,21 @@ def test_what_the_other_kernel_does(where: str, device: str, monkeypatch: pytest
     tensors = [t.to(device, dtype) for t in inputs.tensors]
     if where == "keys of all groups":
         tensors[1:3] = [t[:1].expand_as(t) for t in tensors[1:3]]
-    if where == "not asked for":
-        monkeypatch.delenv(_env.WGMMA.name)
+    if where == "not wanted":
+        monkeypatch.setenv(_env.WGMMA.name, "0")
     got: list[Tensor] = []
     assert not kernels_by_warpgroups(device, lambda: got.append(call_attention(ours, problem, tensors)))
     exact = call_attention(eager, problem, [t.cpu().double() for t in tensors])
     assert_close_as_eager(got[0], call_attention(eager, problem, [t.cpu() for t in tensors]), exact, "out")
+
+
+@pytest.mark.parametrize("keys,wanted", [((5, 13), False), ((9, 40), True)], ids=["window", "more keys"])
+def test_what_is_faster(keys: tuple[int, int], wanted: bool, device: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(_env.WGMMA.name)
+    problem = same("some", *keys, 16, heads=1)
+    leaves = draw_attention(problem, torch.bfloat16).leaves(torch.bfloat16, device)
+    with torch.no_grad():
+        assert wanted == bool(kernels_by_warpgroups(device, lambda: call_attention(ours, problem, leaves)))
 
 
 def test_same_bits_whatever_comes_first(device: str, monkeypatch: pytest.MonkeyPatch):

@@ -247,14 +247,14 @@ def test_the_command_fails_if_ours_does_not_run(small_cases, tmp_path: Path, mon
     assert run.main(arguments) == 1
 
 
-def test_kernels_of_sm90_have_turns_of_their_own(small_cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_kernels_of_every_architecture_take_turns(small_cases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked = []
     monkeypatch.setattr(attention, "ours", lambda x: (asked.append(_env.WGMMA()), attention.eager_sam(x))[1])
-    arguments = ["--quick", "--parts", "ops", "--ops", "attention", "--wgmma", "--device", "cpu"]
-    assert run.main([*arguments, "--out", str(tmp_path)]) == 0 and _env.WGMMA() == "0"
+    arguments = ["--quick", "--parts", "ops", "--ops", "attention", "--mma-sync", "--device", "cpu"]
+    assert run.main([*arguments, "--out", str(tmp_path)]) == 0 and _env.WGMMA() == "auto"
     rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
-    assert [row["peer"] for row in rows if "ours" in row["peer"]][:4] == ["ours"] * 2 + ["ours, wgmma"] * 2
-    assert asked.count("1") == asked.count("0") > 0
+    assert [row["peer"] for row in rows if "ours" in row["peer"]][:4] == ["ours"] * 2 + ["ours, mma.sync"] * 2
+    assert asked.count("auto") == asked.count("0") > 0
 
 
 def test_memory_that_is_unknown(monkeypatch: pytest.MonkeyPatch):

@@ -64,14 +64,14 @@ def test_what_a_call_costs_the_host(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_a_peer_that_raises_leaves_no_trace(monkeypatch: pytest.MonkeyPatch):
-    for name, before in (("wgmma unset", None), ("wgmma set", "0")):
+    for name, before in (("wgmma unset", None), ("wgmma set", "1")):
         if before is None:
             monkeypatch.delenv(_env.WGMMA.name, raising=False)
         else:
             monkeypatch.setenv(_env.WGMMA.name, before)
         threads = torch.get_num_threads()
-        with pytest.raises(RuntimeError, match=name), attention.with_wgmma(), host.one_thread():
-            assert _env.WGMMA() == "1" and torch.get_num_threads() == 1
+        with pytest.raises(RuntimeError, match=name), attention.without_wgmma(), host.one_thread():
+            assert _env.WGMMA() == "0" and torch.get_num_threads() == 1
             raise RuntimeError(name)
         assert os.environ.get(_env.WGMMA.name) == before and torch.get_num_threads() == threads
 

@@ -88,11 +88,17 @@ std::optional<AttentionPlan> plan_if_taken(AttentionKernel kernel, AttentionPara
   return obeyed(std::move(plan), p);
 }
 
-// The same of a kernel for sm_90, if it is asked for, as no GPU has run it yet; `passing` is what TMA is to read.
+// Which kernels sm_90 gets: "0", those of every architecture; "1", its own wherever they can; else, where they are
+// faster.
+bool wgmma_is(const char* value) {
+  const char* wanted = std::getenv("RELPOS_CUDA_WGMMA");
+  return wanted && std::strcmp(wanted, value) == 0;
+}
+
+// The same of a kernel for sm_90; `passing` is what TMA is to read.
 std::optional<AttentionPlan> plan_sm90(AttentionKernel kernel, AttentionParams& p, const OnDevice& device,
                                        const Tensor& q, int64_t tokens, std::initializer_list<InRows> passing) {
-  const char* wanted = kWithSm90 ? std::getenv("RELPOS_CUDA_WGMMA") : nullptr;
-  if (!wanted || std::strcmp(wanted, "1") != 0) return {};
+  if (!kWithSm90 || wgmma_is("0")) return {};
   for (const InRows& rows : passing)
     if (!has_strides(rows, p.shape, tokens)) return {};
   return plan_if_taken(kernel, p, device, q);
@@ -112,18 +118,32 @@ void use_cache(AttentionBwdParams& p, const Tensor& q, const std::optional<Tenso
   p.lines = lines->mutable_data_ptr<float>();
 }
 
+// Whether one of these took the problem.
 template <typename T>
-void launch_fwd(const OnDevice& device, AttentionFwdParams& p, const Tensor& q) {
+bool launch_fwd_sm90(const OnDevice& device, AttentionFwdParams& p, const Tensor& q) {
   if constexpr (kWithSm90 && sizeof(T) == 2)
     if (const auto plan = plan_sm90(AttentionKernel::kForwardSm90, p, device, q, p.shape.N(), {p.k, p.v})) {
       p.at_sm90 = attention_fwd_sm90_shared(p.keys, plan->head_dim, plan->stages);
-      return launch_attention_fwd_sm90<T>(device, *plan, p);
+      launch_attention_fwd_sm90<T>(device, *plan, p);
+      return true;
     }
+  return false;
+}
+template <typename T>
+bool launch_fwd_window(const OnDevice& device, AttentionFwdParams& p, const Tensor& q) {
   if constexpr (sizeof(T) == 2)
     if (const auto plan = plan_if_taken(AttentionKernel::kForwardWindow, p, device, q)) {
       p.at_window = attention_fwd_window_shared(p.shape, p.keys, plan->threads / 2, plan->head_dim);
-      return launch_attention_fwd_window<T>(device, *plan, p);
+      launch_attention_fwd_window<T>(device, *plan, p);
+      return true;
     }
+  return false;
+}
+
+template <typename T>
+void launch_fwd(const OnDevice& device, AttentionFwdParams& p, const Tensor& q) {
+  if (wgmma_is("1") && launch_fwd_sm90<T>(device, p, q)) return;
+  if (launch_fwd_window<T>(device, p, q) || launch_fwd_sm90<T>(device, p, q)) return;
   const AttentionPlan plan = plan_for(AttentionKernel::kForward, p, device, q);
   p.at = attention_fwd_shared(p.shape, p.keys, p.block_rows, plan.head_dim, sizeof(T));
   launch_attention_fwd<T>(device, plan, p);

@@ -20,6 +20,9 @@ struct AttentionBwdKeysSm90Params : AttentionBwdParams {
 template <typename T, int D>
 struct AttentionBwdKeysSm90 {
   static constexpr int kQueries = query_tile(2), kPart = D > 96 ? 4 : 8;  // blocks of queries at a time: registers
+  static constexpr int kParts = kQueries / 8 / kPart;
+  // As there are registers: <grad, v> begins while S is under way, line factors are loaded then.
+  static constexpr bool kBothAtOnce = D <= 112, kEarly = D <= 80;
   using Rows = SwizzledRows<T, D, kQueries>;
   using Columns = SwizzledRows<__half, kMostSlotsOfLine, kQueries>;
   const AttentionBwdKeysSm90Params& p;
@@ -72,59 +75,78 @@ struct AttentionBwdKeysSm90 {
       }
   }
 
-  __device__ __forceinline__ void absorb(float (&dk)[D / 8][4], float (&dv)[D / 8][4], int first,
-                                         const KeyBlocks<1>& blocks, int stage, int begin, const Tile<T, D>& k,
-                                         const Tile<T, D>& v) const {
+  // Numbers of the queries that this lane has of each block.
+  __device__ __forceinline__ void load_pairs(const float* from, float2 (&pairs)[kPart]) const {
+#pragma unroll
+    for (int j = 0; j < kPart; ++j) pairs[j] = *reinterpret_cast<const float2*>(from + j * 8 + threadIdx.x % 4 * 2);
+  }
+
+  // Queries `begin` .. of a stage, whose column factors `weight` has: starts what they add to dv and dk.
+  __device__ __forceinline__ void absorb(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&weight)[kPart][4],
+                                         int first, const KeyBlocks<1>& blocks, int stage, int begin,
+                                         const Tile<T, D>& k, const Tile<T, D>& v) const {
     const AttentionBwdKeysSm90Shared& at = p.at_keys_sm90;
-    const Rows q{of_stage(stage, 0)}, grad{of_stage(stage, at.grad)};
     const float* lines = reinterpret_cast<const float*>(of_stage(stage, at.lines));
     const float* deltas = reinterpret_cast<const float*>(of_stage(stage, at.statistics));
-    float weight[kPart][4], ds[kPart][4];
-    start(weight, blocks, {of_stage(stage, at.columns)}, begin);
+    const Rows q{of_stage(stage, 0)}, grad{of_stage(stage, at.grad)};
     RowsA<T, D> rows_of_k(k, first);
     q.template start_products<true>(weight, rows_of_k, begin);
-    wgmma_wait<0>(flat(weight));
+    if constexpr (!kBothAtOnce) wgmma_wait<0>(flat(weight));
     RowsA<T, D> rows_of_v(v, first);
+    float ds[kPart][4];
     grad.template start_products<false>(ds, rows_of_v, begin);
+    float2 line[2][kPart], delta[kPart];
+    const auto load_lines = [&](int half) { load_pairs(lines + blocks.line(0, half) + begin, line[half]); };
+    if constexpr (kEarly) load_lines(0), load_lines(1);
+    wgmma_wait<1>(flat(weight));
+    if constexpr (!kEarly) load_lines(0), load_lines(1);
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int m = begin + j * 8 + threadIdx.x % 4 * 2;
-        const float2 add = *reinterpret_cast<const float2*>(lines + blocks.line(0, half) + m);
         float* x = weight[j] + 2 * half;
-        x[0] = exp2_approx(fmaf(x[0], p.to_powers, add.x));
-        x[1] = exp2_approx(fmaf(x[1], p.to_powers, add.y));
+        x[0] = exp2_approx(fmaf(x[0], p.to_powers, line[half][j].x));
+        x[1] = exp2_approx(fmaf(x[1], p.to_powers, line[half][j].y));
       }
+    load_pairs(deltas + begin, delta);
     WeightsA<T, kPart> weights(weight);
     grad.start_weighted(dv, weights, begin);
     wgmma_wait<1>(flat(ds));
 #pragma unroll
-    for (int j = 0; j < kPart; ++j) {
-      const float2 delta = *reinterpret_cast<const float2*>(deltas + begin + j * 8 + threadIdx.x % 4 * 2);
+    for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        ds[j][2 * half] = weight[j][2 * half] * (ds[j][2 * half] - delta.x);
-        ds[j][2 * half + 1] = weight[j][2 * half + 1] * (ds[j][2 * half + 1] - delta.y);
+        ds[j][2 * half] = weight[j][2 * half] * (ds[j][2 * half] - delta[j].x);
+        ds[j][2 * half + 1] = weight[j][2 * half + 1] * (ds[j][2 * half + 1] - delta[j].y);
       }
-    }
     WeightsA<T, kPart> of_ds(ds);
     q.start_weighted(dk, of_ds, begin);
-    wgmma_wait<0>(flat(dv), flat(dk));
   }
 
   // By a warp, with slots `first` and on of the block.
   __device__ __forceinline__ void consume(int first, const Tile<T, D>& k, const Tile<T, D>& v) const {
     float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
     const KeyBlocks<1> blocks(p, block.slots, first, kQueries);
+    float weight[kPart][4];
+    const int parts = tiles() * kParts;
     StageRing ring{p.at_keys_sm90.stage_count};
-    for (int tile = 0; tile < tiles(); ++tile, ring.advance()) {
-      mbarrier_wait(full + ring.stage, ring.parity);
-#pragma unroll
-      for (int begin = 0; begin < kQueries; begin += kPart * 8)
-        absorb(dk[0], dv[0], first, blocks, ring.stage, begin, k, v);
-      fence_proxy_async();  // factors are read as TMA does not see
-      arrive_as_warp(empty + ring.stage);
+    mbarrier_wait(full, 0);
+    start(weight, blocks, {of_stage(0, p.at_keys_sm90.columns)}, 0);
+    for (int part = 0; part < parts; ++part) {
+      const int stage = ring.stage, begin = part % kParts * kPart * 8;
+      const bool ends = part % kParts == kParts - 1;
+      absorb(dk[0], dv[0], weight, first, blocks, stage, begin, k, v);
+      if (ends && part + 1 < parts) {
+        ring.advance();
+        mbarrier_wait(full + ring.stage, ring.parity);
+      }
+      // Of the next, while the last products are under way.
+      start(weight, blocks, {of_stage(ring.stage, p.at_keys_sm90.columns)}, (part + 1) % kParts * kPart * 8);
+      wgmma_wait<0>(flat(dv[0]), flat(dk[0]));
+      if (ends) {
+        fence_proxy_async();  // factors are read as TMA does not see
+        arrive_as_warp(empty + stage);
+      }
     }
     const auto token = [&](int row) { return block.slots.token(p.shape, block.slots.first + row); };
     store_slots(p, p.dk, dk, p.scale, k, first, block.place, token);

@@ -17,7 +17,9 @@ struct AttentionBwdQueriesSm90Params : AttentionBwdParams {
 
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionBwdQueriesSm90 {
-  static constexpr int kPart = D > 96 && BLOCKS == 8 ? 4 : BLOCKS;  // blocks of keys at a time: registers
+  // As there are registers: so many blocks of keys at a time, and whether <grad, v> begins while S is under way.
+  static constexpr int kPart = D > 96 && BLOCKS == 8 ? 4 : BLOCKS;
+  static constexpr bool kBothAtOnce = D <= (ONE_LINE ? 80 : 64);
   using Stages = Sm90Stages<T, D, BLOCKS>;
   using Sums = QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE>;
   const AttentionBwdQueriesSm90Params& p;
@@ -45,27 +47,57 @@ struct AttentionBwdQueriesSm90 {
     arrive_as_warp(ready);
   }
 
-  __device__ __forceinline__ void absorb(Sums& mine, const Span& span, int tile, int begin, int stage,
-                                         const LineFactors<T>& lines, const LineGradients& dlines, const Tile<T, D>& q,
+  // What the products with blocks of keys start from, and what is to be added after.
+  struct Start {
+    float score[kPart][4], line[kPart][2];
+  };
+
+  // Blocks `begin` .. of a tile: starts what they add to dq.
+  __device__ __forceinline__ void absorb(Sums& mine, Start& from, int tile, int begin, int stage,
+                                         const LineGradients& dlines, const Tile<T, D>& q,
                                          const Tile<T, D>& grad) const {
-    float weight[kPart][4], dp[kPart][4], line[kPart][2];
-    mine.bias.start(p, lines, span, tile, begin, weight, line);
+    float dp[kPart][4];
     RowsA<T, D> rows_of_q(q, mine.bias.first);
-    stages.k(stage).template start_products<true>(weight, rows_of_q, begin * 8);
-    wgmma_wait<0>(flat(weight));
+    stages.k(stage).template start_products<true>(from.score, rows_of_q, begin * 8);
+    if constexpr (!kBothAtOnce) wgmma_wait<0>(flat(from.score));
     RowsA<T, D> rows_of_grad(grad, mine.bias.first);
     stages.v(stage).template start_products<false>(dp, rows_of_grad, begin * 8);
+    if constexpr (kBothAtOnce) wgmma_wait<1>(flat(from.score));
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        weight[j][e] = exp2_approx(fmaf(weight[j][e], p.to_powers, line[j][e / 2] + mine.offset[e / 2]));
+        from.score[j][e] = exp2_approx(fmaf(from.score[j][e], p.to_powers, from.line[j][e / 2] + mine.offset[e / 2]));
     wgmma_wait<0>(flat(dp));
-    mine.find_ds(begin, weight, dp);
+    mine.find_ds(begin, from.score, dp);
     WeightsA<T, kPart> ds(dp);
     stages.k(stage).start_weighted(mine.dq[0], ds, begin * 8);
     if constexpr (!ONE_LINE) mine.add_lines(tile, begin, dlines, dp);
-    wgmma_wait<0>(flat(mine.dq[0]));
+  }
+
+  // The tiles of a span, each prepared while the last product of the one before is under way.
+  __device__ __forceinline__ void absorb_span(Sums& mine, const Span& span, StageRing& ring,
+                                              const LineFactors<T>& lines, const LineGradients& dlines,
+                                              const Tile<T, D>& q, const Tile<T, D>& grad) const {
+    Start next;
+    mine.bias.start(p, lines, span, 0, 0, next.score, next.line);
+    mbarrier_wait(full + ring.stage, ring.parity);
+    for (int tile = 0; tile < p.keys.tiles; ++tile) {
+      const int stage = ring.stage;
+#pragma unroll
+      for (int begin = 0; begin < BLOCKS; begin += kPart) {
+        absorb(mine, next, tile, begin, stage, dlines, q, grad);
+        const bool ends = begin + kPart == BLOCKS;
+        if (ends) mine.end_tile(span, tile, dlines);
+        mine.bias.start(p, lines, span, tile + ends, ends ? 0 : begin + kPart, next.score, next.line);
+        if (ends) {
+          ring.advance();
+          if (tile + 1 < p.keys.tiles) mbarrier_wait(full + ring.stage, ring.parity);
+        }
+        wgmma_wait<0>(flat(mine.dq[0]));
+      }
+      arrive_as_warp(empty + stage);
+    }
   }
 
   // By a warp, queries `first` and on; `stage`, and the table rows behind it: its own.
@@ -83,14 +115,7 @@ struct AttentionBwdQueriesSm90 {
       mine.begin_span(span, lines, q, stage);
       if (p.columns) mine.write_columns(span);
       open_stages();
-      for (int tile = 0; tile < p.keys.tiles; ++tile, ring.advance()) {
-        mbarrier_wait(full + ring.stage, ring.parity);
-#pragma unroll
-        for (int begin = 0; begin < BLOCKS; begin += kPart)
-          absorb(mine, span, tile, begin, ring.stage, lines, dlines, q, grad);
-        mine.end_tile(span, tile, dlines);
-        arrive_as_warp(empty + ring.stage);
-      }
+      absorb_span(mine, span, ring, lines, dlines, q, grad);
       named_barrier_sync(1, kSm90Warps * 32);
       mine.end_span(span_of(p, static_cast<int>(afresh(i))), stage, table_rows);  // afresh: not kept through the loop
     }

@@ -175,8 +175,9 @@ struct WindowStrip {
     const auto of_column = [columns](int row, int key) { return columns[row * kStageLd + key]; };
     const int keys_w = p.shape.axis[kW].keys;
     if (p.dfactors) write_factors(p, place, first, kW, 0, keys_w, of_column);
-    add_table_products(p, kW, {0, keys_w}, tiles.rows, first, table_rows, dq, of_column);
-    end_lines(p, place, tiles.rows, first, {tiles.lines, p.block_rows}, stage(), table_rows, dq);
+    constexpr bool kAhead = D <= 64;
+    add_table_products<kAhead>(p, kW, {0, keys_w}, tiles.rows, first, table_rows, dq, of_column);
+    end_lines<kAhead>(p, place, tiles.rows, first, {tiles.lines, p.block_rows}, stage(), table_rows, dq);
     if (p.dq.data) {
       __syncwarp();  // the table rows may be overwritten
       put_strip(tiles.q, first, dq[0], p.scale);

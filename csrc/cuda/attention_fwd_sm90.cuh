@@ -23,6 +23,7 @@ struct AttentionFwdSm90Params : AttentionFwdParams {
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionFwdSm90 {
   using Stages = Sm90Stages<T, D, BLOCKS>;
+  using Softmax = OnlineSoftmax<T, D, 1, BLOCKS, true>;
   const AttentionFwdSm90Params& p;
   const BlockPlace& block;
   const Stages stages;
@@ -55,35 +56,63 @@ struct AttentionFwdSm90 {
     for (int i = 0; i < p.keys.spans; ++i) stages.load_span(p, block, i, ring, full, empty);
   }
 
+  // What a warp has of the tile before: weights, whose values are to be added, the stage that these are in, and the
+  // queries, anew for every tile: kept, ptxas up to 13.0 gives their registers away.
+  struct Pending {
+    WeightsA<T, BLOCKS> weights;
+    RowsA<T, D> rows_of_q;
+    int stage;
+  };
+
+  __device__ __forceinline__ void finish(Softmax& mine, const Pending& before) const {
+    wgmma_wait<0>(flat(mine.out[0]));
+    arrive_as_warp(empty + before.stage);
+  }
+
+  // The weights of a tile, while the values of the one before in the span are added.
+  template <bool FIRST>
+  __device__ __forceinline__ void step(Softmax& mine, Pending& before, const StripBias<T, BLOCKS, ONE_LINE>& bias,
+                                       const LineFactors<T>& lines, const Span& span, int tile, const Tile<T, D>& q,
+                                       const StageRing& ring) const {
+    float score[1][BLOCKS][4], line[1][BLOCKS][2];
+    if constexpr (ONE_LINE)
+      bias.start(p, lines, span, tile, 0, score[0], line[0]);
+    else
+      load_lines(lines, tile, bias.row(0), line[0]);
+    mbarrier_wait(full + ring.stage, ring.parity);
+    if constexpr (!ONE_LINE) start_from_lines(bias, score[0], line[0]);
+    stages.k(ring.stage).template start_products<true>(score[0], before.rows_of_q, 0);
+    if constexpr (!FIRST) stages.v(before.stage).start_weighted(mine.out[0], before.weights, 0);
+    wgmma_wait<FIRST ? 0 : 1>(flat(score[0]));
+    mine.renew_reference(score, line, p.to_powers, [&] {
+      if constexpr (!FIRST) finish(mine, before);
+    });
+    before.rows_of_q.load(q, bias.first);
+    mine.take_powers(p, score, line);
+    before.weights.set(score[0]);
+    before.stage = ring.stage;
+  }
+
   // By a warp, queries `first` and on; `stage`: its own.
   __device__ __forceinline__ void consume(int first, const Coordinates* rows, const Tile<T, D>& q,
                                           const LineFactors<T>& lines, float* stage) const {
     constexpr float kNothing[2] = {};
-    OnlineSoftmax<T, D, 1, BLOCKS, true> mine;
+    Softmax mine;
     StripBias<T, BLOCKS, ONE_LINE> bias;
     bias.first = first;
     lines.fill(p, rows, q, first, stage);
+    Pending before;
     StageRing ring{p.at_sm90.stage_count};
     for (int i = 0; i < p.keys.spans; ++i) {
       const Span span = span_of(p, i);
       bias.fill_columns(p, span, rows, q, kNothing, kNothing, stage);
-      for (int tile = 0; tile < p.keys.tiles; ++tile, ring.advance()) {
-        float score[1][BLOCKS][4], line[1][BLOCKS][2];
-        if constexpr (ONE_LINE)
-          bias.start(p, lines, span, tile, 0, score[0], line[0]);
-        else
-          load_lines(lines, tile, bias.row(0), line[0]);
-        RowsA<T, D> rows_of_q(q, first);  // anew for every tile: kept, ptxas up to 13.0 gives their registers away
-        mbarrier_wait(full + ring.stage, ring.parity);
-        if constexpr (!ONE_LINE) start_from_lines(bias, score[0], line[0]);
-        stages.k(ring.stage).template start_products<true>(score[0], rows_of_q, 0);
-        wgmma_wait<0>(flat(score[0]));
-        mine.weigh(p, score, line);
-        WeightsA<T, BLOCKS> weights(score[0]);
-        stages.v(ring.stage).start_weighted(mine.out[0], weights, 0);
-        wgmma_wait<0>(flat(mine.out[0]));
-        arrive_as_warp(empty + ring.stage);
-      }
+      before.rows_of_q.load(q, first);
+      step<true>(mine, before, bias, lines, span, 0, q, ring);
+      ring.advance();
+      for (int tile = 1; tile < p.keys.tiles; ++tile, ring.advance())
+        step<false>(mine, before, bias, lines, span, tile, q, ring);
+      stages.v(before.stage).start_weighted(mine.out[0], before.weights, 0);
+      finish(mine, before);
     }
     mine.store(p, block, 0, first, lines.largest, q);
   }

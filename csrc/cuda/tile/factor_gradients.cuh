@@ -41,18 +41,41 @@ __device__ __forceinline__ float find_delta(const AttentionBwdParams& p, const B
   return sum + __shfl_xor_sync(~0u, sum, 1);
 }
 
-// dq += d_a / scale times the table rows of axis a and these keys; gradient(row of the strip, key) is d_a.
-template <typename T, int D, typename F>
+// A row of 16 on its way to a tile, of which a pair of lanes has every other chunk; zeros past its width.
+template <typename T, int D>
+struct HeldRow {
+  static constexpr int kChunk = Tile<T, D>::kChunk, kCount = Tile<T, D>::kChunks / 2;
+  uint4 chunks[kCount];
+
+  __device__ __forceinline__ static int element(int i) { return (2 * i + static_cast<int>(threadIdx.x) % 2) * kChunk; }
+  __device__ __forceinline__ void load(const T* row, int width) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i)
+      chunks[i] = element(i) < width ? *reinterpret_cast<const uint4*>(row + element(i)) : make_uint4(0, 0, 0, 0);
+  }
+  __device__ __forceinline__ void put(T* row) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) *reinterpret_cast<uint4*>(row + element(i)) = chunks[i];
+  }
+};
+
+// dq += d_a / scale times the table rows of axis a and these keys; gradient(row of the strip, key) is d_a. AHEAD: there
+// are registers for the rows of the next step.
+template <bool AHEAD, typename T, int D, typename F>
 __device__ __forceinline__ void add_table_products(const AttentionParams& p, int a, const KeyRange& keys,
                                                    const Coordinates* rows, int first, const Tile<T, D>& table_rows,
                                                    float (&dq)[1][D / 8][4], F&& gradient) {
-  const T* table = static_cast<const T*>(p.table);
   const int lane = threadIdx.x % 32;
   const UsedRows used(p, a, keys, rows + first);
+  if (used.last < 0) return;
+  HeldRow<T, D> held;  // not by cp.async: other warps have brought most rows to L1
+  const auto load = [&](int i0) { held.load(used.row<T>(p, i0 + lane / 2), p.shape.D); };
+  if (AHEAD) load(0);
   for (int i0 = 0; i0 <= used.last; i0 += 16) {
+    if (!AHEAD) load(i0);
     __syncwarp();  // the tile may be overwritten
-    copy_rows(table_rows, 16, p.shape.D, lane, 32, table, [&](int i) { return used.row<T>(p, i0 + i); });
-    cp_async_commit();
+    held.put(table_rows.at(lane / 2, 0));
+    if (AHEAD) load(i0 + 16);
     float x[2][4];
     int key[8];
     used.find_keys(p.index, key, i0);
@@ -68,8 +91,7 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
       parts[0].leave_rest(x[0], x[1]);
       parts[1].set(x[0], x[1]);
     }
-    cp_async_wait<0>();
-    __syncwarp();
+    __syncwarp();  // the rows are there
 #pragma unroll
     for (int d = 0; d < D / 8; d += 2) {
       if (ends_before<T>(d, p.shape.D)) break;
@@ -100,7 +122,7 @@ __device__ __forceinline__ void write_factors(const AttentionBwdParams& p, const
 }
 
 // The line gradients of a strip: written, and their share of dq added. `stage`: the warp's own.
-template <typename T, int D>
+template <bool AHEAD, typename T, int D>
 __device__ __forceinline__ void end_lines(const AttentionBwdParams& p, const BlockPlace& block, const Coordinates* rows,
                                           int first, const LineGradients& dlines, float* stage,
                                           const Tile<T, D>& table_rows, float (&dq)[1][D / 8][4]) {
@@ -117,7 +139,7 @@ __device__ __forceinline__ void end_lines(const AttentionBwdParams& p, const Blo
     }
     const auto gradient = [&](int row, int key) { return of_axis.at(key, row); };
     if (p.dfactors) write_factors(p, block, first, a, 0, all.end, gradient);
-    add_table_products(p, a, all, rows, first, table_rows, dq, gradient);
+    add_table_products<AHEAD>(p, a, all, rows, first, table_rows, dq, gradient);
   }
 }
 

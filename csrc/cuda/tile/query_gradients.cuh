@@ -145,13 +145,13 @@ struct QueryGradients {
     if (p.dfactors)
       write_factors(p, block, bias.first, kW, span.first, span.columns,
                     [&](int row, int i) { return stage[row * Bias::kLd + i]; });
-    add_table_products(p, kW, {span.first, span.first + span.columns}, rows, bias.first, table_rows, dq,
-                       [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
+    add_table_products<true>(p, kW, {span.first, span.first + span.columns}, rows, bias.first, table_rows, dq,
+                             [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
   }
 
   __device__ __forceinline__ void end(const LineGradients& dlines, float* stage, const Tile<T, D>& table_rows,
                                       const Tile<T, D>& q) {
-    end_lines(p, block, rows, bias.first, dlines, stage, table_rows, dq);
+    end_lines<true>(p, block, rows, bias.first, dlines, stage, table_rows, dq);
     if (p.dq.data == nullptr) return;
     const int first = static_cast<int>(afresh(bias.first));
     put_strip(q, first, dq[0], p.scale);

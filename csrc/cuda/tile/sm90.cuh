@@ -55,7 +55,9 @@ template <typename T, int D>
 struct RowsA {
   OperandA<T> step[D / 16];
 
-  __device__ __forceinline__ RowsA(const Tile<T, D>& from, int first) {
+  RowsA() = default;
+  __device__ __forceinline__ RowsA(const Tile<T, D>& from, int first) { load(from, first); }
+  __device__ __forceinline__ void load(const Tile<T, D>& from, int first) {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) step[i].load(from, first, i);
   }
@@ -64,7 +66,9 @@ template <typename T, int BLOCKS>
 struct WeightsA {
   OperandA<T> step[BLOCKS / 2];
 
-  __device__ __forceinline__ explicit WeightsA(const float (&weights)[BLOCKS][4]) {
+  WeightsA() = default;
+  __device__ __forceinline__ explicit WeightsA(const float (&weights)[BLOCKS][4]) { set(weights); }
+  __device__ __forceinline__ void set(const float (&weights)[BLOCKS][4]) {
 #pragma unroll
     for (int i = 0; i < BLOCKS / 2; ++i) step[i].set(weights[2 * i], weights[2 * i + 1]);
   }

@@ -25,7 +25,11 @@ struct OnlineSoftmax {
   // Scores, and what their lines add; leaves weights in their place, which are to be added to `out`.
   __device__ __forceinline__ void weigh(const AttentionFwdParams& p, float (&score)[STRIPS][PART][4],
                                         const float (&line)[STRIPS][PART][2]) {
-    renew_reference(score, line, p.to_powers);
+    renew_reference(score, line, p.to_powers, [] {});
+    take_powers(p, score, line);
+  }
+  __device__ __forceinline__ void take_powers(const AttentionFwdParams& p, float (&score)[STRIPS][PART][4],
+                                              const float (&line)[STRIPS][PART][2]) {
 #pragma unroll
     for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
@@ -37,8 +41,10 @@ struct OnlineSoftmax {
         }
   }
 
+  // settle(): before `out` is touched.
+  template <typename F>
   __device__ __forceinline__ void renew_reference(const float (&score)[STRIPS][PART][4],
-                                                  const float (&line)[STRIPS][PART][2], float to_powers) {
+                                                  const float (&line)[STRIPS][PART][2], float to_powers, F&& settle) {
     float most[STRIPS][2];
     bool grown = false;
 #pragma unroll
@@ -55,7 +61,9 @@ struct OnlineSoftmax {
         most[s][half] = ONE_LINE ? fmaf(x, to_powers, line[s][0][half]) : x;
         grown |= most[s][half] - reference[s][half] > kMayGrow;
       }
-    if (!__any_sync(~0u, grown)) return;
+    grown = __any_sync(~0u, grown);
+    settle();
+    if (!grown) return;
 #pragma unroll
     for (int s = 0; s < STRIPS; ++s)
 #pragma unroll
