@@ -194,17 +194,21 @@ struct StripBias {
       __syncwarp();
     }
 #pragma unroll
-    for (int j = 0; j < BLOCKS; ++j)
+    for (int half = 0; half < 2; ++half) {
+      const int row = lane / 4 + half * 8;
+      const bool biased = span.of_lines && rows[strip + row].of[kW] >= 0;
+      const float none = span.of_lines ? 0.f : of_class[half];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2;
-        const int row = lane / 4 + e / 2 * 8;
-        const bool biased = span.of_lines && rows[strip + row].of[kW] >= 0;
-        const float none = span.of_lines ? 0.f : of_class[e / 2];
-        column[j][e] = at >= span.columns ? -INFINITY
-                       : biased           ? (stage[row * kLd + at] - below[e / 2]) * p.inverse_scale
-                                          : none;
-      }
+      for (int j = 0; j < BLOCKS; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e;
+          const bool exists = at < span.columns;
+          const float factor = exists && biased ? stage[row * kLd + at] : 0.f;
+          const float x = biased ? (factor - below[half]) * p.inverse_scale : none;
+          column[j][2 * half + e] = exists ? x : -INFINITY;
+        }
+    }
     __syncwarp();  // before the next strip overwrites the stage
   }
 
