@@ -62,7 +62,7 @@ struct AttentionBwdQueriesSm90 {
     if constexpr (!kBothAtOnce) wgmma_wait<0>(flat(from.score));
     RowsA<T, D> rows_of_grad(grad, mine.bias.first);
     stages.v(stage).template start_products<false>(dp, rows_of_grad, begin * 8);
-    if constexpr (kBothAtOnce) wgmma_wait<1>(flat(from.score));
+    wgmma_wait<1>(flat(from.score));
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll

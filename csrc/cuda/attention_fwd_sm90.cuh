@@ -83,7 +83,7 @@ struct AttentionFwdSm90 {
     if constexpr (!ONE_LINE) start_from_lines(bias, score[0], line[0]);
     stages.k(ring.stage).template start_products<true>(score[0], before.rows_of_q, 0);
     if constexpr (!FIRST) stages.v(before.stage).start_weighted(mine.out[0], before.weights, 0);
-    wgmma_wait<FIRST ? 0 : 1>(flat(score[0]));
+    wgmma_wait<!FIRST>(flat(score[0]));
     mine.renew_reference(score, line, p.to_powers, [&] {
       if constexpr (!FIRST) finish(mine, before);
     });

@@ -204,7 +204,7 @@ struct StripBias {
         for (int e = 0; e < 2; ++e) {
           const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e;
           const bool exists = at < span.columns;
-          const float factor = exists && biased ? stage[row * kLd + at] : 0.f;
+          const float factor = exists ? stage[row * kLd + at] : 0.f;
           const float x = biased ? (factor - below[half]) * p.inverse_scale : none;
           column[j][2 * half + e] = exists ? x : -INFINITY;
         }
