@@ -108,6 +108,7 @@ class AttentionFunction(torch.autograd.Function):
         if lse is not None:
             ctx.save_for_backward(q, k, v, table, index, out, lse)
             ctx.mark_non_differentiable(lse)
+            ctx.set_materialize_grads(False)  # no zeros for lse
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -54,6 +54,17 @@ def test_attention(real_device: str):
         assert len(calls) <= 290, calls
 
 
+def test_the_backward_makes_no_zeros(real_device: str):
+    """Each would be a kernel of its own, as for a gradient of the log-sum-exp."""
+    inputs = draw_attention(PROBLEM, torch.float32).leaves(torch.float32, real_device)
+    out = call_attention(relpos_cuda.rel_pos_attention, PROBLEM, inputs)
+    grad = torch.ones_like(out)
+    with torch.profiler.profile() as prof:
+        torch.autograd.grad(out, inputs, grad)
+    names = {event.name for event in prof.events()}
+    assert names >= {"relpos_cuda::attention_bwd"} and not names & {"aten::zeros", "aten::zero_", "aten::fill_"}, names
+
+
 def test_resized_tables(real_device: str):
     """Their Function, too, is applied without binding names: that alone would be twice a hundred calls."""
     inputs = draw_attention(RESIZED, torch.float32).leaves(torch.float32, real_device)
