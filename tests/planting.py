@@ -49,13 +49,15 @@ SLIPS = [
     ("tile/rows.cuh", "__funnelshift_r(down, down, of.k_shift)", "down >> of.k_shift"),
     ("tile/row_steps.cuh", "step % 2 * 4", "0"),
     ("tile/mma.cuh", "from_float<T>(x - to_float(high))", "from_float<T>(0.f)"),
+    ("tile/mma.cuh", "x - two.x", "0.f"),
     ("tile/mma.cuh", "lane / 4 + e / 2 * 8", "lane / 4"),
     ("logits_fwd.cuh", "n -= p.shape.prefix", "n"),
     ("logits_fwd.cuh", "++j == keys_w", "++j > keys_w"),
     ("logits_fwd.cuh", "vectors * V + threadIdx.x", "elements"),
     ("tile/row_sums.cuh", "begin % V", "0"),
-    ("table_grad.cuh", "queries * (blockIdx.y + 1) / p.splits", "queries"),
+    ("table_grad.cuh", "begin + of_axis.per_split", "queries"),
     ("table_grad.cuh", "p.shape.prefix + (above * axis.queries + block.c) * inner + below", "below"),
+    ("table_grad.cuh", "i / 8 % 2 * 2", "i / 8 % 2"),
     ("tile/long_sum.cuh", "(next - sum) - missing", "0.f"),
 ]
 
