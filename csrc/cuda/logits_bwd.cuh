@@ -120,7 +120,7 @@ __device__ __forceinline__ void query_gradient_mma(const LogitsBwdParams& p, con
       stage_product<T>(p, a, l0, ranges[2 * a + 1], rows, factors, count, tiles);
       __syncthreads();
       accumulate<T>(acc, mine, static_cast<const T*>(tiles.high), static_cast<const T*>(tiles.low),
-                           kProductDepth + kProductPad, static_cast<const T*>(tiles.table), p.q_ld);
+                    kProductDepth + kProductPad, static_cast<const T*>(tiles.table), p.q_ld);
     }
   }
   T* dq = static_cast<T*>(p.dq) + first_row * D;

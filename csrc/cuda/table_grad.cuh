@@ -66,15 +66,15 @@ struct Located {
   // So that the four queries of 16 lie together that a lane multiplies: 2t, 2t + 1, 2t + 8, 2t + 9.
   static __device__ __forceinline__ int place(int i) { return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2; }
 
-  // From query `first` of the block on.
+  // From query `first` of the block on; the last one again where a step needs more.
   __device__ __forceinline__ void locate(const TableGradParams& p, const GradBlock& block, int first, int count) const {
     const auto& of_axis = p.of_axis[block.a];
     const Axis& axis = p.shape.axis[block.a];
     const int inner = static_cast<int>(of_axis.by_inner.divisor);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kThreads) {
+    for (int i = threadIdx.x; i < round_up(count, kGradDepth); i += kThreads) {
       int rest, below, head;
-      const int group = of_axis.by_per_group.divide(first + i, rest);
+      const int group = of_axis.by_per_group.divide(first + min(i, count - 1), rest);
       const int above = of_axis.by_inner.divide(rest, below);
       const int m = p.shape.prefix + (above * axis.queries + block.c) * inner + below;
       const int batch = p.by_heads.divide(group, head);
@@ -126,22 +126,20 @@ struct GradTile {
     return reinterpret_cast<T*>(shared) + u0 / kGradDepth % 2 * kGradDepth * kLd;
   }
 
-  // q of queries u0 and on, to be waited for; zeros past the end of anything.
-  __device__ __forceinline__ void stage(int u0, int count) const {
+  // q of queries u0 and on, to be waited for; zeros past its width.
+  __device__ __forceinline__ void stage(int u0) const {
     if (p.whole_vectors_of_q) {
       const int query = threadIdx.x / kStagers, d0 = threadIdx.x % kStagers * kVector<T>;
-      const int left = u0 + query < count ? width - d0 : 0;
       const T* from = q + at.q[u0 + query] + d0;
       T* to = q_smem(u0) + query * kLd + d0;
 #pragma unroll
       for (int d = 0; d < COLUMNS; d += kStep)
-        if (d0 < COLUMNS - d) cp_async_16(to + d, from + d, d < left);
+        if (d0 < COLUMNS - d) cp_async_16(to + d, from + d, d < width - d0);
     } else {
       const int thread = static_cast<int>(afresh(threadIdx.x)), query = thread / kStagers;
-      const int there = u0 + query < count ? width : 0;
 #pragma unroll 1
       for (int d = thread % kStagers; d < COLUMNS; d += kStagers)
-        q_smem(u0)[query * kLd + d] = d < there ? q[at.q[u0 + query] + d] : from_float<T>(0.f);
+        q_smem(u0)[query * kLd + d] = d < width ? q[at.q[u0 + query] + d] : from_float<T>(0.f);
     }
     cp_async_commit();
   }
@@ -152,7 +150,7 @@ struct GradTile {
   __device__ __forceinline__ int left(int count) const {
     return mine.key < keys ? count - mine.first_chunk * 16 - static_cast<int>(threadIdx.x) % 4 * 2 : 0;
   }
-  // Factors of four of 16 queries.
+  // Factors of four of 16 queries; zeros where there is no key or no query.
   __device__ __forceinline__ void load(float (&x)[4], const longlong2* places, int left) const {
     const longlong2 two[2] = {places[0], places[1]};
 #pragma unroll
@@ -213,7 +211,7 @@ __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const Gr
     __syncthreads();
     const longlong2* places = tile.places();
     int left = tile.left(count);
-    tile.stage(0, count);
+    tile.stage(0);
     float next[kGradChunks][4];
 #pragma unroll
     for (int n = 0; n < kGradChunks; ++n)
@@ -222,7 +220,7 @@ __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const Gr
       const bool goes_on = u0 + kGradDepth < count;
       cp_async_wait<0>();
       __syncthreads();
-      if (goes_on) tile.stage(u0 + kGradDepth, count);
+      if (goes_on) tile.stage(u0 + kGradDepth);
       places += kGradDepth / 2, left -= kGradDepth;
 #pragma unroll
       for (int n = 0; n < kGradChunks; ++n) {
@@ -255,16 +253,15 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
       at.locate(p, block, u0, min(kLocated, block.end - u0));
       __syncthreads();
     }
-    const bool exists = u0 + query < block.end;
     const char* of_keys = reinterpret_cast<const char*>(p.dfactors + p.shape.axis[block.a].factor + block.i0);
     const auto* factors = reinterpret_cast<const float*>(of_keys + at.factors[Located::place(located + query)]);
     const T* q = static_cast<const T*>(p.q.data) + at.q[located + query] + block.d0;
     for (int i = stager; i < kProductRows; i += kStagers)
-      factors_smem[query * kProductRows + i] = exists && i < keys ? factors[i] : 0.f;
+      factors_smem[query * kProductRows + i] = i < keys ? factors[i] : 0.f;
     for (int d = stager; d < min(kProductColumns, round_up(width, kGradSide)); d += kStagers)
-      q_smem[query * kProductColumns + d] = exists && d < width ? to_float(q[d]) : 0.f;
+      q_smem[query * kProductColumns + d] = d < width ? to_float(q[d]) : 0.f;
     __syncthreads();
-    for (int r = 0; r < kProductDepth; ++r) {
+    for (int r = 0; r < min(kProductDepth, block.end - u0); ++r) {
 #pragma unroll
       for (int i = 0; i < kGradKeysPerThread; ++i) {
         const float f = factors_smem[r * kProductRows + i * kGradSide + y];
@@ -346,10 +343,11 @@ __device__ __forceinline__ void sum_share(const TableGradParams& p, const int* p
 #pragma unroll
     for (int u = 0; u < kSumAtOnce; ++u) {  // loads that do not wait for each other
       const int item = share + u * shares;
-      if (item >= items) break;
-      int split;
-      const int pair = pairs[p.by_splits.divide(item, split)];
-      load4(p.partials + (split * p.pairs + pair) * p.shape.D + d, p.shape.D - d, p.shape.D % 4 == 0, part[u]);
+      if (item < items) {
+        int split;
+        const int pair = pairs[p.by_splits.divide(item, split)];
+        load4(p.partials + (split * p.pairs + pair) * p.shape.D + d, p.shape.D - d, p.shape.D % 4 == 0, part[u]);
+      }
     }
 #pragma unroll
     for (int u = 0; u < kSumAtOnce; ++u)
