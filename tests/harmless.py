@@ -67,6 +67,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "table_grad.cuh: n < tile.mine.chunks -> true": DROPPED,
     "table_grad.cuh: u0 + kGradDepth < count -> true": DROPPED,
     "table_grad.cuh: goes_on -> true": DROPPED,
+    "table_grad.cuh: ahead < kGradChunks -> true": SAME,
     "table_grad.cuh: d < width -> true | q_smem(u0)": DROPPED,
     "table_grad.cuh: d * kGradSide < width -> true": DROPPED,
     "table_grad.cuh: block.i0 >= axis.keys -> false": ONE_MORE_ROUND,

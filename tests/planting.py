@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-KERNELS = Path("csrc/cuda")
+ROOT, KERNELS = Path(__file__).parent.parent, Path("csrc/cuda")
 NOT_EMULATED = ("ptx.cuh",)  # instructions: benchmarks/probe.cu compares them
 HEADER = """#pragma once
 extern "C" {
@@ -57,7 +56,6 @@ SLIPS = [
     ("tile/row_sums.cuh", "begin % V", "0"),
     ("table_grad.cuh", "begin + of_axis.per_split", "queries"),
     ("table_grad.cuh", "p.shape.prefix + (above * axis.queries + block.c) * inner + below", "below"),
-    ("table_grad.cuh", "i / 8 % 2 * 2", "i / 8 % 2"),
     ("tile/long_sum.cuh", "(next - sum) - missing", "0.f"),
 ]
 

@@ -101,7 +101,8 @@ struct KeyShare {
 template <typename T, int COLUMNS>
 struct GradTile {
   static constexpr int kTiles = COLUMNS / 16, kAtOnce = kTiles > 5 ? 3 : kTiles;  // products that do not wait
-  static constexpr int kLd = COLUMNS + kProductPad, kSumLd = COLUMNS + 4;         // free of bank conflicts
+  static constexpr int kAhead = kTiles > 5 ? 2 : kGradChunks;  // chunks of factors on their way, as registers allow
+  static constexpr int kLd = COLUMNS + kProductPad, kSumLd = COLUMNS + 4;  // free of bank conflicts
   static constexpr int kStagers = kThreads / kGradDepth, kStep = kStagers * kVector<T>;
   static_assert(kProductRows * kSumLd * int64_t{4} <= 2 * kGradDepth * kLd * int64_t{sizeof(T)}, "they share a place");
   const TableGradParams& p;
@@ -203,6 +204,7 @@ struct GradTile {
 template <typename T, int COLUMNS>
 __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const GradBlock& block, unsigned char* shared,
                                               float* out) {
+  constexpr int kAhead = GradTile<T, COLUMNS>::kAhead;
   const GradTile<T, COLUMNS> tile(p, block, shared);
   float acc[COLUMNS / 16][4] = {};
   for (int first = block.begin; first < block.end; first += kLocated) {
@@ -212,25 +214,30 @@ __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const Gr
     const longlong2* places = tile.places();
     int left = tile.left(count);
     tile.stage(0);
-    float next[kGradChunks][4];
+    float next[kAhead][4];
 #pragma unroll
-    for (int n = 0; n < kGradChunks; ++n)
+    for (int n = 0; n < kAhead; ++n)
       if (n < tile.mine.chunks) tile.load(next[n], places + n * 8, left - n * 16);
     for (int u0 = 0; u0 < count; u0 += kGradDepth) {
       const bool goes_on = u0 + kGradDepth < count;
       cp_async_wait<0>();
       __syncthreads();
       if (goes_on) tile.stage(u0 + kGradDepth);
-      places += kGradDepth / 2, left -= kGradDepth;
 #pragma unroll
       for (int n = 0; n < kGradChunks; ++n) {
         if (n >= tile.mine.chunks) break;
+        float (&factors)[4] = next[n % kAhead];
         uint32_t high[2], low[2];
 #pragma unroll
-        for (int i = 0; i < 2; ++i) split<T>(next[n][2 * i], next[n][2 * i + 1], high[i], low[i]);
-        if (goes_on) tile.load(next[n], places + n * 8, left - n * 16);
+        for (int i = 0; i < 2; ++i) split<T>(factors[2 * i], factors[2 * i + 1], high[i], low[i]);
+        const int ahead = n + kAhead, in_next = kGradDepth / 16 + n % kAhead;  // chunks from that of places on
+        if (ahead < kGradChunks && ahead < tile.mine.chunks)
+          tile.load(factors, places + ahead * 8, left - ahead * 16);
+        else if (goes_on)
+          tile.load(factors, places + in_next * 8, left - in_next * 16);
         tile.multiply(acc, high, low, u0, n);
       }
+      places += kGradDepth / 2, left -= kGradDepth;
     }
   }
   tile.store(acc, out);
