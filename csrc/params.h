@@ -83,9 +83,12 @@ struct TableGradParams {
   int64_t pairs = 0;                // of a query and a key coordinate, all axes
   int splits = 0;
   bool whole_vectors_of_q = false;  // which may be read 16 bytes at a time
-  FastDiv by_heads;
+  FastDiv by_heads, by_splits;
+  int columns = 0;               // of D that a block takes
+  FastDiv by_tiles, by_d_tiles;  // tiles of keys and of D of a query coordinate; of D alone
   struct {
     FastDiv by_per_group, by_inner;  // queries of a group with the same coordinate; queries per step of it
+    int64_t per_split = 0;           // queries with the same coordinate that a block sums
   } of_axis[kAxes];
 };
 

@@ -15,7 +15,7 @@ from ._fallback import accumulation_dtype
 
 Gradients = Callable[..., tuple[Tensor | None, ...]]
 
-_TABLE_BLOCKS = 512  # blocks of the table gradient that keep a large GPU busy ...
+_TABLE_BLOCKS = 396  # blocks of the table gradient that keep a large GPU busy, all at once: 3 on each of 132 SMs ...
 _QUERIES_PER_BLOCK = 64  # ... as long as each has this many queries to sum
 
 

@@ -108,6 +108,11 @@ class Kernel:
         return self.tensor_cores and not str(self).startswith("logits_fwd")
 
     @property
+    def copies_to_shared(self) -> bool:
+        """From global memory, without registers between."""
+        return self.attention or (self.tensor_cores and str(self).startswith("table_partial"))
+
+    @property
     def finds_factors(self) -> bool:
         """On tensor cores."""
         return self.tensor_cores and not re.match("attention_bwd_keys|logits_bwd|table", str(self))

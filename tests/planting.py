@@ -20,8 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-KERNELS = Path("csrc/cuda")
+ROOT, KERNELS = Path(__file__).parent.parent, Path("csrc/cuda")
 NOT_EMULATED = ("ptx.cuh",)  # instructions: benchmarks/probe.cu compares them
 HEADER = """#pragma once
 extern "C" {
@@ -49,12 +48,13 @@ SLIPS = [
     ("tile/rows.cuh", "__funnelshift_r(down, down, of.k_shift)", "down >> of.k_shift"),
     ("tile/row_steps.cuh", "step % 2 * 4", "0"),
     ("tile/mma.cuh", "from_float<T>(x - to_float(high))", "from_float<T>(0.f)"),
+    ("tile/mma.cuh", "x - two.x", "0.f"),
     ("tile/mma.cuh", "lane / 4 + e / 2 * 8", "lane / 4"),
     ("logits_fwd.cuh", "n -= p.shape.prefix", "n"),
     ("logits_fwd.cuh", "++j == keys_w", "++j > keys_w"),
     ("logits_fwd.cuh", "vectors * V + threadIdx.x", "elements"),
     ("tile/row_sums.cuh", "begin % V", "0"),
-    ("table_grad.cuh", "queries * (blockIdx.y + 1) / p.splits", "queries"),
+    ("table_grad.cuh", "begin + of_axis.per_split", "queries"),
     ("table_grad.cuh", "p.shape.prefix + (above * axis.queries + block.c) * inner + below", "below"),
     ("tile/long_sum.cuh", "(next - sum) - missing", "0.f"),
 ]

@@ -92,6 +92,7 @@ TINY = [
     Problem("video", (2, 4, 3), (2, 2, 3), 24, batch=2),
     Problem("video_lanes", (2, 3, 2), (2, 2, 128), 8, heads=1),
     Problem("video_cls_interpolated", (3, 4, 4), (2, 4, 4), 16, prefix=17, table=9),
+    same("blocks_of_keys_4x20", 4, 20, 24),
 ]
 
 

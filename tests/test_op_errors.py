@@ -92,6 +92,7 @@ WORK_SPACES = [
     ("factors", torch.zeros(120, 8), "factors must have 1080 elements, got 960"),
     ("partials", torch.zeros(2, 40, 8), r"partials must be \[splits, 41, 8\]"),
     ("partials", torch.zeros(2, 41, 8).double(), "partials must be float32, got float64"),
+    ("partials", torch.zeros(657)[1:].view(2, 41, 8), "partials must start at a multiple of 16 bytes"),
 ]
 
 

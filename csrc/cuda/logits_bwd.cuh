@@ -119,8 +119,8 @@ __device__ __forceinline__ void query_gradient_mma(const LogitsBwdParams& p, con
       __syncthreads();  // the tiles may be overwritten
       stage_product<T>(p, a, l0, ranges[2 * a + 1], rows, factors, count, tiles);
       __syncthreads();
-      accumulate<T, false>(acc, mine, static_cast<const T*>(tiles.high), static_cast<const T*>(tiles.low),
-                           kProductDepth + kProductPad, static_cast<const T*>(tiles.table), p.q_ld);
+      accumulate<T>(acc, mine, static_cast<const T*>(tiles.high), static_cast<const T*>(tiles.low),
+                    kProductDepth + kProductPad, static_cast<const T*>(tiles.table), p.q_ld);
     }
   }
   T* dq = static_cast<T*>(p.dq) + first_row * D;

@@ -171,6 +171,7 @@ inline unsigned __ballot_sync(unsigned mask, int yes, simt::Site site = simt::Si
     if (warp.present >> l & 1) ballot |= unsigned{warp.at<int>(l) != 0} << l;
   return ballot;
 }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __any_sync(unsigned mask, int yes, simt::Site site = simt::Site::current()) {
   return __ballot_sync(mask, yes, site) != 0;
 }

@@ -23,6 +23,29 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
+// Two neighbours, aligned as a pair.
+__device__ __forceinline__ void set_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = {x, y}; }
+__device__ __forceinline__ void set_pair(__half* to, float x, float y) {
+  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
+}
+__device__ __forceinline__ void set_pair(__nv_bfloat16* to, float x, float y) {
+  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
+}
+
+template <typename T>
+__device__ __forceinline__ float2 pair_of(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    __half2 two;
+    memcpy(static_cast<void*>(&two), &word, sizeof two);
+    return __half22float2(two);
+  } else {  // the upper half of a float
+    const uint32_t bits[2] = {word << 16, word & 0xffff0000u};
+    float2 two;
+    memcpy(&two, bits, sizeof two);
+    return two;
+  }
+}
+
 template <typename S>
 constexpr int kVector = 16 / sizeof(S);  // elements of a 16-byte vector
 

@@ -17,6 +17,14 @@ __device__ __forceinline__ void split(float x, T& high, T& low) {
   low = from_float<T>(x - to_float(high));
 }
 
+// The same of two at once, as pairs.
+template <typename T>
+__device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
+  set_pair(reinterpret_cast<T*>(&high), x, y);
+  const float2 two = pair_of<T>(high);
+  set_pair(reinterpret_cast<T*>(&low), x - two.x, y - two.y);
+}
+
 // How the 8 warps share a tile of 16, 32 or 64 rows x `columns`: strips of 16 rows, runs of blocks of 8 columns.
 struct WarpShare {
   int strip, first_block, blocks;
@@ -30,24 +38,17 @@ struct WarpShare {
   }
 };
 
-// acc += (high + low) * b over a depth of kProductDepth. In shared memory: b [depth, b_ld]; high, low [rows, a_ld], or
-// [depth, a_ld] if TRANSPOSED.
-template <typename T, bool TRANSPOSED>
+// acc += (high + low) * b over a depth of kProductDepth. In shared memory: b [depth, b_ld]; high, low [rows, a_ld].
+template <typename T>
 __device__ __forceinline__ void accumulate(float (&acc)[kProductBlocks][4], const WarpShare& mine, const T* high,
                                            const T* low, int a_ld, const T* b, int b_ld) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k0 = 0; k0 < kProductDepth; k0 += 16) {
-    const int at = TRANSPOSED ? (k0 + lane / 16 * 8 + lane % 8) * a_ld + mine.strip * 16 + lane / 8 % 2 * 8
-                              : (mine.strip * 16 + lane % 16) * a_ld + k0 + lane / 16 * 8;
+    const int at = (mine.strip * 16 + lane % 16) * a_ld + k0 + lane / 16 * 8;
     uint32_t high_regs[4], low_regs[4];
-    if constexpr (TRANSPOSED) {
-      ldmatrix_x4_trans(high_regs, high + at);
-      ldmatrix_x4_trans(low_regs, low + at);
-    } else {
-      ldmatrix_x4(high_regs, high + at);
-      ldmatrix_x4(low_regs, low + at);
-    }
+    ldmatrix_x4(high_regs, high + at);
+    ldmatrix_x4(low_regs, low + at);
 #pragma unroll
     for (int n = 0; n < kProductBlocks; ++n) {
       if (n >= mine.blocks) break;

@@ -27,15 +27,6 @@ struct Tile {
   __device__ __forceinline__ T* chunk(int row, int c) const { return at(row, c * kChunk); }
 };
 
-// Two neighbours, aligned as a pair.
-__device__ __forceinline__ void set_pair(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = {x, y}; }
-__device__ __forceinline__ void set_pair(__half* to, float x, float y) {
-  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(x, y);
-}
-__device__ __forceinline__ void set_pair(__nv_bfloat16* to, float x, float y) {
-  *reinterpret_cast<__nv_bfloat162*>(to) = __floats2bfloat162_rn(x, y);
-}
-
 // A pair of float32 in three pairs of bfloat16; PAIRS of such pairs.
 template <int PAIRS>
 struct SplitPairs {
