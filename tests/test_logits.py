@@ -10,7 +10,7 @@ import torch
 import relpos_cuda
 from checks import assert_close_as_eager, assert_exact_as_float64, miss
 from problems import MODELS, NAMES, TINY, Problem, call, draw, run, same
-from relpos_cuda import reference
+from relpos_cuda import autograd, reference
 
 HALVES = [torch.bfloat16, torch.float16]
 ours, eager = relpos_cuda.add_decomposed_rel_pos, reference.add_decomposed_rel_pos
@@ -82,6 +82,14 @@ def test_table_gradients_of_half_queries(dtype: torch.dtype, device: str):
             assert_close_as_eager(g, r, e, name)
         else:
             assert miss(g, e) <= 2**-16 * e.abs().max(), name
+
+
+@pytest.mark.parametrize("head_dim", [40, 96])
+def test_table_gradients_of_more_queries_than_are_located_at_once(
+    head_dim: int, device: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(autograd, "_TABLE_BLOCKS", 1)  # one block for all queries of a coordinate
+    compare(Problem("many_queries", (2, 11), (2, 3), head_dim, batch=27), torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("problem", [TINY[0], TINY[5], TINY[14], TINY[20]], ids=str)

@@ -9,19 +9,18 @@
 //              threads that copy the q of one; loads factors of 4 .. 16 for its warp's 8 keys, straight into operands.
 //              Else 32 at a time: of eight that stage one; (x, y) of 16 x 16 takes keys y, y + 16, .. and elements x,
 //              x + 16, ..
-//     shared   where 512 queries lie; and, with tensor cores, q of 2 x 64 queries, padded; at the end, in its place,
-//     the
-//              sums of all warps, [64, columns]: of few keys several warps, each of other queries.
+//     shared   where 512 queries lie. With tensor cores, q of 2 x 64 queries, padded, and in the end, in its place, the
+//              sums of all warps, [64, columns]: where keys are few, several warps have the same, of other queries.
 //              Else factors [32, 64] and q [32, 128], as float.
-//     barriers queries are located; per step: q is there, that before may be overwritten. At the end: sums may
-//              overwrite q; they are there. Else two per 32 queries: they are there; they may be overwritten.
+//     barriers per 512 queries: they are located; all is done with them and with q. Per step: q is there, that before
+//              may be overwritten. At the end: sums are there. Else two per 32 queries: they are there; they may be
+//              overwritten.
 //   sum_kernel
 //     grid     (table rows, ceil(D / kSumColumns)).
 //     thread   looks up one of 256 query coordinates; sums four elements of D of a share of the partial sums, those of
-//     a
-//              query coordinate and its key split by split, kSumAtOnce loads in flight; adds the shares of one element.
-//     shared   what each warp has found; pairs of up to 256 query coordinates with their keys; sums, [shares,
-//     elements]. barriers two per 256 query coordinates: counts are there; pairs are there. At the end: sums are there.
+//              a coordinate and its key split by split, kSumAtOnce loads in flight; adds the shares of one element.
+//     shared   what each warp has found; pairs of up to 256 query coordinates and their keys; sums, [shares, elements].
+//     barriers two per 256 query coordinates: counts are there; pairs are there. At the end: sums are there.
 #pragma once
 #include "tile/long_sum.cuh"
 #include "tile/mma.cuh"
@@ -183,7 +182,6 @@ struct GradTile {
     const KeyShare mine(keys, thread);
     const int rows = mine.blocks * 8;
     float* const own = sums + (mine.subset * rows + mine.key / 8 * 8 + thread % 4 * 2) * kSumLd + thread % 32 / 4;
-    __syncthreads();
 #pragma unroll
     for (int t = 0; t < kTiles; ++t)
 #pragma unroll
@@ -239,6 +237,7 @@ __device__ __forceinline__ void grad_tile_mma(const TableGradParams& p, const Gr
       }
       places += kGradDepth / 2, left -= kGradDepth;
     }
+    __syncthreads();
   }
   tile.store(acc, out);
 }
