@@ -72,6 +72,7 @@ struct LogitsBwdParams : LogitsParams {
   void* dq = nullptr;          // [rows, D] or null
   float* dfactors = nullptr;   // [rows, factors] or null
   FastDiv by_quads;            // of elements in a row of dq
+  FastDiv by_vectors;          // of 16 bytes in a row of the table
 };
 
 struct TableGradParams {

@@ -108,6 +108,11 @@ class Kernel:
         return self.tensor_cores and not str(self).startswith("logits_fwd")
 
     @property
+    def copies_rows(self) -> bool:
+        """To shared memory without registers."""
+        return self.attention or bool(re.match("logits_bwd .* mma", str(self)))
+
+    @property
     def finds_factors(self) -> bool:
         """On tensor cores."""
         return self.tensor_cores and not re.match("attention_bwd_keys|logits_bwd|table", str(self))

@@ -35,7 +35,7 @@ def faults_of_tensor_cores(k: Kernel) -> Iterator[str]:
     for root in ("HGMMA", "UTMALDG"):
         if bool(k.roots(root)) != ("_sm90 " in str(k)):
             yield f"{len(k.roots(root))} {root}"
-    if bool(k.roots("LDGSTS")) != k.attention:
+    if bool(k.roots("LDGSTS")) != k.copies_rows:
         yield f"{len(k.roots('LDGSTS'))} copies to shared memory without registers"
 
 

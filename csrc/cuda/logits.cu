@@ -102,6 +102,7 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
       p.whole_vectors = is_aligned(p.grad, 16);
       p.line_lanes_log2 = line_lanes_log2<S>(p);
       p.by_quads = FastDiv(ceil_div(s.D, 4));
+      p.by_vectors = FastDiv(ceil_div(s.D, kVector<T>));
       auto kernel = logits_bwd_kernel<S, T, false>;
       if constexpr (sizeof(T) == 2)
         if (plan.tensor_cores) kernel = logits_bwd_kernel<S, T, true>;
