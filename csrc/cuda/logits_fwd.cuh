@@ -144,14 +144,6 @@ __device__ __forceinline__ void stream_runs(const LogitsFwdParams& p, const floa
   }
 }
 
-// The first logits of the block are on their way while it has nothing to add to them.
-template <typename S>
-__device__ __forceinline__ void prefetch_slab(const LogitsFwdParams& p, int64_t first_row, int count) {
-  constexpr int kLine = 128 / sizeof(S);
-  const int64_t at = static_cast<int64_t>(threadIdx.x) * kLine;
-  if (at < count * p.shape.N()) prefetch_l2(static_cast<const S*>(p.logits) + first_row * p.shape.N() + at);
-}
-
 // S: logits; T: q and table; MMA: factors on tensor cores.
 template <typename S, typename T, bool MMA>
 __global__ void __launch_bounds__(kThreads, MMA ? 4 : 3) logits_fwd_kernel(const LogitsFwdParams p) {
@@ -173,8 +165,8 @@ __global__ void __launch_bounds__(kThreads, MMA ? 4 : 3) logits_fwd_kernel(const
     stage_queries<T>(tile, p, reinterpret_cast<T*>(shared + at.q));
   else
     stage_queries<T>(tile, p, reinterpret_cast<float*>(shared + at.q));
-  prefetch_slab<S>(p, first_row, count);  // not before the queries, for which the block waits
-  if (p.shape.prefix)                     // class tokens have no bias
+  prefetch_rows<S>(p, p.logits, first_row, count);  // not before the queries, for which the block waits
+  if (p.shape.prefix)                               // class tokens have no bias
     for (int i = threadIdx.x; i < count * p.factor_ld; i += kThreads) factors[i] = 0.f;
   __syncthreads();
 

@@ -135,9 +135,11 @@ __device__ __forceinline__ void sum_small_grid(const SumRow& to, const float* x)
   const int step = column ? keys_w : 1, count = column ? keys_o : keys_w;
   if (i >= (column ? keys_w : keys_o)) return;
   x += column ? i : i * keys_w;
-  float sum = 0.f;
-#pragma unroll 4
-  for (int k = 0; k < count; ++k) sum += x[k * step];
+  float sum = 0.f, terms[kSmallSide];
+#pragma unroll
+  for (int k = 0; k < kSmallSide; ++k) terms[k] = k < count ? x[k * step] : 0.f;
+#pragma unroll
+  for (int k = 0; k < kSmallSide; ++k) sum += terms[k];
   (column ? to.inner : to.outer)[i] = sum;
 }
 
@@ -150,6 +152,13 @@ __device__ __forceinline__ const float* fill_buffer(const SumRow& to, const S* g
   for (int e = threadIdx.x % 32 * V; e < shift + n; e += 32 * V)
     put_vector<S>(to.buffer + e, load_vector(grad, aligned + e, begin + n, to.end));
   return to.buffer + shift;
+}
+
+// grad[begin, begin + n) is on its way to L2, n <= kSumBuffer.
+template <typename S>
+__device__ __forceinline__ void prefetch_part(const S* grad, int64_t begin, int n) {
+  const int at = threadIdx.x % 32 * (128 / static_cast<int>(sizeof(S)));
+  if (at < n) prefetch_l2(grad + begin + at);
 }
 
 // The sum of each of `lines` image rows of the buffer, `width` keys each, goes to outer[0 .. lines), or is added there
@@ -182,8 +191,10 @@ __device__ __forceinline__ void sum_row_in_buffer(const SumRow& to, const S* gra
     const int width = min(kSumBuffer, keys_w - j0);
     float column[kSumBuffer / 32] = {};
     for (int o0 = 0; o0 < keys_o; o0 += lines_at_once) {
-      const int lines = min(lines_at_once, keys_o - o0);
-      const float* x = fill_buffer(to, grad, begin + static_cast<int64_t>(o0) * keys_w + j0, lines * width);
+      const int lines = min(lines_at_once, keys_o - o0), next = o0 + lines;
+      const int64_t part = begin + static_cast<int64_t>(o0) * keys_w + j0;
+      prefetch_part(grad, part + lines * keys_w, min(lines_at_once, keys_o - next) * width);
+      const float* x = fill_buffer(to, grad, part, lines * width);
       __syncwarp();
 #pragma unroll
       for (int c = 0; c < kSumBuffer / 32; ++c) {
@@ -224,6 +235,7 @@ __device__ __forceinline__ void sum_small_rows(const LogitsBwdParams& p, int64_t
     if (row < count) next.load(grad, (first_row + row) * s.N() + s.prefix, n, readable_of(p));
   };
   load(threadIdx.x / 32);
+  prefetch_rows<S>(p, p.grad, first_row, count);  // a warp has one row under way, and few bytes are a row
   for (int row = threadIdx.x / 32; row < count; row += kWarps) {
     const float* x = next.put(buffer);
     load(row + kWarps);

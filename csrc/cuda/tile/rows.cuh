@@ -2,7 +2,7 @@
 // use a table row.
 #pragma once
 #include "../../params.h"
-#include "../runtime.h"
+#include "ptx.cuh"
 
 namespace relpos {
 
@@ -17,6 +17,14 @@ __device__ __forceinline__ void locate_rows(const LogitsParams& p, int64_t first
     r.q_offset = batch * p.q.batch + head * p.q.head + m * p.q.row;
     rows[i] = r;
   }
+}
+
+// The first 32 KiB of a tile of the logits, or of their gradient, are on their way while nobody can use them yet.
+template <typename S>
+__device__ __forceinline__ void prefetch_rows(const LogitsParams& p, const void* logits, int64_t first_row, int count) {
+  constexpr int kLine = 128 / sizeof(S);
+  const int64_t at = static_cast<int64_t>(threadIdx.x) * kLine;
+  if (at < count * p.shape.N()) prefetch_l2(static_cast<const S*>(logits) + first_row * p.shape.N() + at);
 }
 
 // The table row of query coordinate c and key i of an axis.
