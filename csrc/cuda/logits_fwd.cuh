@@ -93,7 +93,7 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
       if (p.in_two_lines)
         add_bias_of_two_lines(p, factors, v * V, x);
       else
-        add_bias(p, factors, v * V, x);
+        add_bias(p, factors, static_cast<int>(afresh(v)) * V, x);  // the rare case keeps nothing from step to step
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(v) * V) = pack<S>(x);
     }
   }
@@ -176,10 +176,11 @@ __global__ void __launch_bounds__(kThreads, MMA ? 4 : 3) logits_fwd_kernel(const
     tile_factors_simt<T>(tile, p, ranges, reinterpret_cast<const float*>(shared + at.q));
   __syncthreads();
 
+  const int64_t row = afresh(blockIdx.x) * p.block_rows;  // found anew: factors leave no registers for it
   if (p.line_lanes_log2 >= 0)
-    stream_runs<S>(p, factors, first_row, count);
+    stream_runs<S>(p, factors, row, count);
   else
-    stream_slab<S>(p, factors, first_row, count);
+    stream_slab<S>(p, factors, row, count);
 }
 
 }  // namespace relpos
