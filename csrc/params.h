@@ -63,7 +63,8 @@ struct LogitsFwdParams : LogitsParams {
   const void* logits = nullptr;  // [rows, N]; may be `out`
   void* out = nullptr;
   FastDiv by_n, by_keys_w, by_keys_h;
-  bool in_two_lines = false;  // 16 bytes of logits lie in two image rows of keys at most; there are no class tokens
+  FastDiv by_strips, by_runs;  // strips of queries in a block; runs of vectors in a row of whole lines
+  bool in_two_lines = false;   // 16 bytes of logits lie in two image rows of keys at most; there are no class tokens
 };
 
 struct LogitsBwdParams : LogitsParams {
@@ -71,6 +72,7 @@ struct LogitsBwdParams : LogitsParams {
   void* dq = nullptr;          // [rows, D] or null
   float* dfactors = nullptr;   // [rows, factors] or null
   FastDiv by_quads;            // of elements in a row of dq
+  FastDiv by_vectors;          // of 16 bytes in a row of the table
 };
 
 struct TableGradParams {

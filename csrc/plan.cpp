@@ -4,6 +4,7 @@ namespace relpos {
 namespace {
 
 constexpr int kBlocksPerSm = 2;                            // hide one block's prologue behind the other's stream
+constexpr int64_t kBlockLogits = 1 << 16;                  // beyond these, a block of the forward has a strip of rows
 constexpr int64_t kMaxOffset = (int64_t{1} << 31) - 4096;  // of an element within a block's slab
 
 }  // namespace
@@ -45,6 +46,7 @@ LogitsPlan plan_logits(Direction direction, const Shape& s, int q_bytes, int arc
     };
     const int least = tensor_cores ? 16 : 1;
     plan.block_rows = 64;
+    while (forward && plan.block_rows > kStripMma && plan.block_rows * s.N() > kBlockLogits) plan.block_rows /= 2;
     while (plan.block_rows > least && bytes(plan.block_rows) + kReservedPerBlock > limits.per_sm / kBlocksPerSm)
       plan.block_rows /= 2;
     plan.shared_bytes = bytes(plan.block_rows);

@@ -12,11 +12,13 @@ namespace relpos {
 
 constexpr int kThreads = 256;  // of every logits kernel
 constexpr int kWarps = kThreads / 32;
-constexpr int kSumBuffer = 512;    // elements a warp of the backward sums at once
-constexpr int kSumPadding = 16;    // around them: a vector that begins before, one that ends behind
-constexpr int kProductDepth = 32;  // summands that a tensor-core product of the backward stages at once
-constexpr int kProductPad = 8;     // elements that keep ldmatrix free of bank conflicts
-constexpr int kMaxProductD = 128;  // head dimensions it takes
+constexpr int kStripMma = 16, kStripSimt = 8;  // queries that a warp of the forward takes at once
+constexpr int kRunVectors = 4 * 32;            // 16-byte vectors of whole lines that it streams at once
+constexpr int kSumBuffer = 512;                // elements a warp of the backward sums at once
+constexpr int kSumPadding = 16;                // around them: a vector that begins before, one that ends behind
+constexpr int kProductDepth = 32;              // summands that a tensor-core product of the backward stages at once
+constexpr int kProductPad = 8;                 // elements that keep ldmatrix free of bank conflicts
+constexpr int kMaxProductD = 128;              // head dimensions it takes
 
 struct SharedLimits {
   int64_t per_block, per_sm;  // bytes of shared memory

@@ -110,7 +110,7 @@ class Kernel:
     @property
     def copies_to_shared(self) -> bool:
         """From global memory, without registers between."""
-        return self.attention or (self.tensor_cores and str(self).startswith("table_partial"))
+        return self.attention or bool(re.match("(logits_bwd|table_partial) .* mma", str(self)))
 
     @property
     def finds_factors(self) -> bool:

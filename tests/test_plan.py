@@ -55,7 +55,13 @@ def test_models_fit_every_architecture(plan, arch, direction, dtype, q_size, k_s
 def test_two_blocks_of_sam_share_an_sm(plan, direction, dtype):
     p = plan(direction, dtype, 16, (64, 64), (64, 64), 80, 0, 90)
     assert 2 * p.shared_bytes <= 226 * 1024
-    assert p.block_rows == 64
+    assert p.block_rows == (16 if direction == "forward" else 64)
+
+
+@pytest.mark.parametrize("keys,rows", [((14, 14), 64), ((32, 32), 64), ((33, 32), 32), ((64, 64), 16), ((99, 99), 16)])
+def test_a_block_of_the_forward_has_few_long_rows(plan, keys, rows):
+    """It begins to stream before long, and ends before long; short ones are worth as few beginnings as can be."""
+    assert plan("forward", "bfloat16", 16, (64, 64), keys, 64, 0, 90).block_rows == rows
 
 
 def test_long_axes_take_fewer_rows_and_then_are_refused(plan):

@@ -69,6 +69,8 @@ void logits_fwd(Tensor out, const std::optional<Tensor>& attn, const Tensor& q, 
     p.by_n = FastDiv(static_cast<int>(s.N()));
     p.by_keys_w = FastDiv(s.axis[kW].keys);
     p.by_keys_h = FastDiv(s.axis[kH].keys);
+    p.by_strips = FastDiv(ceil_div(plan.block_rows, plan.tensor_cores ? kStripMma : kStripSimt));
+    if (p.line_lanes_log2 >= 0) p.by_runs = FastDiv(ceil_div(s.outer_keys() << p.line_lanes_log2, kRunVectors));
     auto kernel = logits_fwd_kernel<S, T, false>;
     if constexpr (sizeof(T) == 2)
       if (plan.tensor_cores) kernel = logits_fwd_kernel<S, T, true>;
@@ -100,6 +102,7 @@ void logits_bwd(std::optional<Tensor> dq, std::optional<Tensor> dtable, const Te
       p.whole_vectors = is_aligned(p.grad, 16);
       p.line_lanes_log2 = line_lanes_log2<S>(p);
       p.by_quads = FastDiv(ceil_div(s.D, 4));
+      p.by_vectors = FastDiv(ceil_div(s.D, kVector<T>));
       auto kernel = logits_bwd_kernel<S, T, false>;
       if constexpr (sizeof(T) == 2)
         if (plan.tensor_cores) kernel = logits_bwd_kernel<S, T, true>;

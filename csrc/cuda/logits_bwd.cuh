@@ -9,7 +9,7 @@
 //            belong to, with the table.
 //   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, then a buffer per warp for the sums,
 //            later the operands of the product.
-//   barriers rows are located; sums are complete; two per 32 table rows. Every sum has a fixed order.
+//   barriers rows are located, sums are complete; ranges are there; two per 32 table rows. Every sum has a fixed order.
 #pragma once
 #include "tile/mma.cuh"
 #include "tile/row_sums.cuh"
@@ -61,22 +61,23 @@ struct ProductTiles {
 };
 
 // Factor gradients of table rows l0 .. l0 + 31 of one axis, zero where a query does not use the row; and those rows. A
-// lane takes a table row, a warp every 8th query; loads are on their way together.
+// lane takes a table row, a warp every 8th query; rows are copied meanwhile.
 template <typename T>
 __device__ __forceinline__ void stage_product(const LogitsBwdParams& p, int a, int l0, int high_row,
                                               const RowOfTile* rows, const float* factors, int count,
                                               const ProductTiles& to) {
   constexpr int kLd = kProductDepth + kProductPad, kUnroll = 4;
-  constexpr int kTableVectors = kProductDepth * kMaxProductD / kVector<T> / kThreads;
   const Axis& axis = p.shape.axis[a];
-  const int warp = threadIdx.x / 32, k = threadIdx.x % 32, vectors = p.shape.D / kVector<T>;
-  uint4 table[kTableVectors];
-#pragma unroll
-  for (int u = 0; u < kTableVectors; ++u) {  // those of the 32 rows are neighbours in memory
-    const int v = threadIdx.x + u * kThreads;
-    const T* of_row = table_row<T>(p.table, p.shape, l0) + v * kVector<T>;
-    table[u] = v < (high_row - l0 + 1) * vectors ? *reinterpret_cast<const uint4*>(of_row) : make_uint4(0, 0, 0, 0);
+  const int warp = threadIdx.x / 32, k = threadIdx.x % 32;
+  const T* table = table_row<T>(p.table, p.shape, l0);  // the 32 rows are neighbours in memory
+#pragma unroll 1
+  for (int v = threadIdx.x; v < kProductDepth * p.shape.D / kVector<T>; v += kThreads) {
+    int in_row;
+    const int row = p.by_vectors.divide(v, in_row);
+    cp_async_16(static_cast<T*>(to.table) + row * p.q_ld + in_row * kVector<T>, table + v * kVector<T>,
+                l0 + row <= high_row);
   }
+  cp_async_commit();
   for (int row0 = warp; row0 < p.block_rows; row0 += kUnroll * kWarps) {
     int key[kUnroll];
     float x[kUnroll];
@@ -96,20 +97,13 @@ __device__ __forceinline__ void stage_product(const LogitsBwdParams& p, int a, i
       if (row0 + u * kWarps < p.block_rows) split(x[u], static_cast<T*>(to.high)[at], static_cast<T*>(to.low)[at]);
     }
   }
-#pragma unroll
-  for (int u = 0; u < kTableVectors; ++u) {
-    const int v = threadIdx.x + u * kThreads, of_row = v / vectors;
-    if (v < kProductDepth * vectors)
-      *reinterpret_cast<uint4*>(static_cast<T*>(to.table) + of_row * p.q_ld + (v - of_row * vectors) * kVector<T>) =
-          table[u];
-  }
+  cp_async_wait<0>();
 }
 
 // dq on tensor cores: D % 8 == 0, D <= 128.
 template <typename T>
 __device__ __forceinline__ void query_gradient_mma(const LogitsBwdParams& p, const RowOfTile* rows, const int* ranges,
-                                                   const float* factors, int64_t first_row, int count,
-                                                   const ProductTiles& tiles) {
+                                                   const float* factors, int count, const ProductTiles& tiles) {
   const int D = p.shape.D;
   const WarpShare mine(p.block_rows, D);
   float acc[kProductBlocks][4] = {};
@@ -123,15 +117,16 @@ __device__ __forceinline__ void query_gradient_mma(const LogitsBwdParams& p, con
                     kProductDepth + kProductPad, static_cast<const T*>(tiles.table), p.q_ld);
     }
   }
-  T* dq = static_cast<T*>(p.dq) + first_row * D;
-  for_each_element(acc, mine, [&](int row, int d, float x) {
+  const int64_t block_rows = afresh(p.block_rows);  // so that nothing of this is kept in registers until here
+  T* dq = static_cast<T*>(p.dq) + blockIdx.x * block_rows * D;
+  for_each_element(acc, WarpShare(static_cast<int>(block_rows), D), [&](int row, int d, float x) {
     if (row < count) dq[row * D + d] = from_float<T>(x);
   });
 }
 
 // S: gradient of the logits; T: q, dq and table; MMA: dq on tensor cores.
 template <typename S, typename T, bool MMA>
-__global__ void __launch_bounds__(kThreads, 3) logits_bwd_kernel(const LogitsBwdParams p) {
+__global__ void __launch_bounds__(kThreads, MMA ? 4 : 3) logits_bwd_kernel(const LogitsBwdParams p) {
   RELPOS_DYNAMIC_SHARED(shared);
   const BackwardShared at = backward_shared(p.shape, p.block_rows, p.factor_ld, p.q_ld, MMA);
   RowOfTile* rows = reinterpret_cast<RowOfTile*>(shared + at.rows);
@@ -144,23 +139,17 @@ __global__ void __launch_bounds__(kThreads, 3) logits_bwd_kernel(const LogitsBwd
   const int64_t left = p.shape.rows() - first_row;
   const int count = left < p.block_rows ? static_cast<int>(left) : p.block_rows;
   locate_rows(p, first_row, count, rows);
+  sum_rows<S>(p, first_row, count, factors, buffer);  // at once: what is located is not needed yet
   __syncthreads();
 
   find_ranges(p.shape, p.index, rows, count, ranges);
-  if (p.line_lanes_log2 < 0 && is_small<S>(p.shape))
-    sum_small_rows<S>(p, first_row, count, factors, buffer);
-  else
-    for (int row = warp; row < count; row += kWarps)  // sums of a class token's row are not used
-      sum_row<S>(p, first_row + row, factors + row * p.factor_ld, buffer);
-  __syncthreads();
-
   if (p.dfactors)
     for (int row = warp; row < count; row += kWarps)
       for (int i = lane; i < width; i += 32) p.dfactors[(first_row + row) * width + i] = factors[row * p.factor_ld + i];
   if (p.dq == nullptr) return;
+  __syncthreads();
   if constexpr (MMA)
-    query_gradient_mma<T>(p, rows, ranges, factors, first_row, count,
-                          {shared + at.high, shared + at.low, shared + at.table});
+    query_gradient_mma<T>(p, rows, ranges, factors, count, {shared + at.high, shared + at.low, shared + at.table});
   else
     query_gradient_simt<T>(p, rows, factors, first_row, count);
 }

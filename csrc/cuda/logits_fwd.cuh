@@ -11,8 +11,8 @@
 //              it starts at a whole vector, or else (a view at an odd offset) is streamed by elements
 //
 //   grid     (ceil(rows / block_rows)): rows of all groups, one after another.
-//   thread   its share of the factors, then every 256th vector of the slab, or every 32nd of every 8th row, whose
-//            columns are always the same; kUnroll loads in flight.
+//   thread   its share of the factors, while the first logits are on their way to L2; then every 256th vector of the
+//            slab, or every 32nd of a run of them, whose columns are always the same; kUnroll loads in flight.
 //   shared   rows [block_rows], ranges [6], factors [block_rows, factor_ld] float, q [block_rows, q_ld].
 //   barriers rows are located; ranges, q and zeros are there; factors are complete.
 #pragma once
@@ -93,7 +93,7 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
       if (p.in_two_lines)
         add_bias_of_two_lines(p, factors, v * V, x);
       else
-        add_bias(p, factors, v * V, x);
+        add_bias(p, factors, static_cast<int>(afresh(v)) * V, x);  // the rare case keeps nothing from step to step
       *reinterpret_cast<uint4*>(out + static_cast<int64_t>(v) * V) = pack<S>(x);
     }
   }
@@ -105,27 +105,33 @@ __device__ __forceinline__ void stream_slab(const LogitsFwdParams& p, const floa
 }
 
 // Where image rows of keys are whole vectors and a warp loads whole image rows at once, a lane meets the same columns
-// in every vector: their factors stay in its registers.
+// in every vector of a row: their factors stay in its registers. Warps take runs of vectors in turn, so that what the
+// block has under way is one piece of memory, of whatever rows.
 template <typename S>
-__device__ __forceinline__ void stream_row(const LogitsFwdParams& p, const float* factors, int64_t row) {
-  constexpr int V = kVector<S>, kUnroll = 4;
+__device__ __forceinline__ void stream_runs(const LogitsFwdParams& p, const float* factors, int64_t first_row,
+                                            int count) {
+  constexpr int V = kVector<S>, kUnroll = kRunVectors / 32;
   const int lane = threadIdx.x % 32, vectors = p.shape.outer_keys() << p.line_lanes_log2;
-  const int own = lane & ((1 << p.line_lanes_log2) - 1);
-  const int64_t start = row * p.shape.N() + lane * V;
+  const int runs = count * static_cast<int>(p.by_runs.divisor), own = lane & ((1 << p.line_lanes_log2) - 1);
+  const int64_t start = first_row * p.shape.N();
   const S* logits = static_cast<const S*>(p.logits) + start;
   S* out = static_cast<S*>(p.out) + start;
-  float inner[V];
-#pragma unroll
-  for (int i = 0; i < V; ++i) inner[i] = factors[p.shape.axis[kW].factor + own * V + i];
-  for (int v = lane; v < vectors; v += kUnroll * 32, logits += kUnroll * 32 * V, out += kUnroll * 32 * V) {
+  for (int run = threadIdx.x / 32; run < runs; run += kWarps) {
+    int v;
+    const int row = p.by_runs.divide(run, v);
+    v = v * kRunVectors + lane;
+    const int at = (row * vectors + v) * V;
+    const float* of_row = factors + row * p.factor_ld;
     uint4 regs[kUnroll];
-    float outer[kUnroll];
+    float inner[V], outer[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (v + u * 32 < vectors) regs[u] = load_stream(logits + u * 32 * V);
+      if (v + u * 32 < vectors) regs[u] = load_stream(logits + at + u * 32 * V);
+#pragma unroll
+    for (int i = 0; i < V; ++i) inner[i] = of_row[p.shape.axis[kW].factor + own * V + i];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
-      if (v + u * 32 < vectors) outer[u] = outer_factor(p, factors, (v + u * 32) >> p.line_lanes_log2);
+      if (v + u * 32 < vectors) outer[u] = outer_factor(p, of_row, (v + u * 32) >> p.line_lanes_log2);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (v + u * 32 >= vectors) break;
@@ -133,7 +139,7 @@ __device__ __forceinline__ void stream_row(const LogitsFwdParams& p, const float
       unpack<S>(regs[u], x);
 #pragma unroll
       for (int i = 0; i < V; ++i) x[i] += outer[u] + inner[i];
-      *reinterpret_cast<uint4*>(out + u * 32 * V) = pack<S>(x);
+      *reinterpret_cast<uint4*>(out + at + u * 32 * V) = pack<S>(x);
     }
   }
 }
@@ -159,25 +165,22 @@ __global__ void __launch_bounds__(kThreads, MMA ? 4 : 3) logits_fwd_kernel(const
     stage_queries<T>(tile, p, reinterpret_cast<T*>(shared + at.q));
   else
     stage_queries<T>(tile, p, reinterpret_cast<float*>(shared + at.q));
-  if (p.shape.prefix)  // class tokens have no bias
+  prefetch_rows<S>(p, p.logits, first_row, count);  // not before the queries, for which the block waits
+  if (p.shape.prefix)                               // class tokens have no bias
     for (int i = threadIdx.x; i < count * p.factor_ld; i += kThreads) factors[i] = 0.f;
   __syncthreads();
 
-  for (int a = 0; a < kAxes; ++a) {
-    if (p.shape.axis[a].rows == 0) continue;
-    const int low = ranges[2 * a], high = ranges[2 * a + 1];
-    if constexpr (MMA)
-      axis_factors_mma<T>(tile, p, a, low, high, reinterpret_cast<const T*>(shared + at.q));
-    else
-      axis_factors_simt<T>(tile, p, a, low, high, reinterpret_cast<const float*>(shared + at.q));
-  }
+  if constexpr (MMA)
+    tile_factors_mma<T>(tile, p, ranges, reinterpret_cast<const T*>(shared + at.q));
+  else
+    tile_factors_simt<T>(tile, p, ranges, reinterpret_cast<const float*>(shared + at.q));
   __syncthreads();
 
+  const int64_t row = afresh(blockIdx.x) * p.block_rows;  // found anew: factors leave no registers for it
   if (p.line_lanes_log2 >= 0)
-    for (int row = threadIdx.x / 32; row < count; row += kWarps)
-      stream_row<S>(p, factors + row * p.factor_ld, first_row + row);
+    stream_runs<S>(p, factors, row, count);
   else
-    stream_slab<S>(p, factors, first_row, count);
+    stream_slab<S>(p, factors, row, count);
 }
 
 }  // namespace relpos

@@ -25,6 +25,23 @@ struct FactorTile {
   }
 };
 
+struct FactorPiece {
+  int first, a, low, high;  // query; axis; table row, and the last one that counts
+};
+
+// The products of a tile in pieces, strips of queries times spans of table rows. Spans of one axis come after those of
+// another, so that all warps have work, however few rows an axis has. False if there is no i-th.
+template <int STRIP, int SPAN>
+__device__ __forceinline__ bool find_piece(const LogitsFwdParams& p, const int* ranges, int i, FactorPiece& piece) {
+  int strip, spans[kAxes];
+#pragma unroll
+  for (int a = 0; a < kAxes; ++a) spans[a] = ceil_div(ranges[2 * a + 1] - ranges[2 * a] + 1, SPAN);
+  const int span = p.by_strips.divide(i, strip), end_t = spans[kT], end_h = end_t + spans[kH];
+  const int a = int{span >= end_t} + int{span >= end_h}, begin = a == kT ? 0 : a == kH ? end_t : end_h;
+  piece = {strip * STRIP, a, ranges[2 * a] + (span - begin) * SPAN, ranges[2 * a + 1]};
+  return span < end_h + spans[kW];
+}
+
 // Elements of the product to where they belong: value(i) is that of query row(i), with origin(i), and table row l(i).
 template <int COUNT, typename Value, typename Row, typename Origin, typename L>
 __device__ __forceinline__ void put_factors(const FactorTile& tile, const LogitsParams& p, int a, int high,
@@ -59,39 +76,39 @@ __device__ __forceinline__ void add_table_rows(float (&acc)[BLOCKS][4], const Lo
 
 // Tensor cores: a warp takes 16 queries and 32 table rows at a time. q is in shared memory, zero past D.
 template <typename T>
-__device__ __forceinline__ void axis_factors_mma(const FactorTile& tile, const LogitsParams& p, int a, int low,
-                                                 int high, const T* q_smem) {
+__device__ __forceinline__ void tile_factors_mma(const FactorTile& tile, const LogitsFwdParams& p, const int* ranges,
+                                                 const T* q_smem) {
   constexpr int kBlocks = 4;  // of 8 table rows, sharing operands of q
-  const Axis& axis = p.shape.axis[a];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int strips = ceil_div(tile.count, 16), spans = ceil_div(high - low + 1, 8 * kBlocks);
-  for (int item = warp; item < strips * spans; item += kWarps) {
-    const int strip = item % strips, l0 = low + item / strips * 8 * kBlocks;
-    const int row = strip * 16 + lane / 4;
-    const T* queries = q_smem + strip * 16 * p.q_ld;
-    const int origin[2] = {tile.origin(axis, a, row), tile.origin(axis, a, row + 8)};
+  FactorPiece piece;
+  for (int i = warp; find_piece<kStripMma, 8 * kBlocks>(p, ranges, i, piece); i += kWarps) {
+    const Axis& axis = p.shape.axis[piece.a];
+    const int row = piece.first + lane / 4, l0 = piece.low;
+    const T* queries = q_smem + piece.first * p.q_ld;
+    const int origin[2] = {tile.origin(axis, piece.a, row), tile.origin(axis, piece.a, row + 8)};
     float acc[kBlocks][4] = {};
     int d = 0;
 #pragma unroll 1
-    for (; d + 16 < p.shape.D; d += 32) add_table_rows<2>(acc, p, queries, l0, high, d);
-    if (d < p.shape.D) add_table_rows<1>(acc, p, queries, l0, high, d);
+    for (; d + 16 < p.shape.D; d += 32) add_table_rows<2>(acc, p, queries, l0, piece.high, d);
+    if (d < p.shape.D) add_table_rows<1>(acc, p, queries, l0, piece.high, d);
     put_factors<kBlocks * 4>(
-        tile, p, a, high, [&](int i) { return acc[i / 4][i % 4]; }, [&](int i) { return row + i % 4 / 2 * 8; },
-        [&](int i) { return origin[i % 4 / 2]; }, [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
+        tile, p, piece.a, piece.high, [&](int i) { return acc[i / 4][i % 4]; },
+        [&](int i) { return row + i % 4 / 2 * 8; }, [&](int i) { return origin[i % 4 / 2]; },
+        [&](int i) { return l0 + i / 4 * 8 + lane % 4 * 2 + i % 2; });
   }
 }
 
 // Without tensor cores: a lane takes one table row and 8 queries at a time. q is in shared memory as float.
 template <typename T>
-__device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const LogitsParams& p, int a, int low,
-                                                  int high, const float* q_smem) {
-  constexpr int kQueries = 8;
+__device__ __forceinline__ void tile_factors_simt(const FactorTile& tile, const LogitsFwdParams& p, const int* ranges,
+                                                  const float* q_smem) {
+  constexpr int kQueries = kStripSimt;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int strips = ceil_div(tile.count, kQueries), spans = ceil_div(high - low + 1, 32);
   const int D = p.shape.D;
   const T* table = static_cast<const T*>(p.table);
-  for (int item = warp; item < strips * spans; item += kWarps) {
-    const int first = item % strips * kQueries, l = low + item / strips * 32 + lane;
+  FactorPiece piece;
+  for (int i = warp; find_piece<kQueries, 32>(p, ranges, i, piece); i += kWarps) {
+    const int first = piece.first, l = piece.low + lane, high = piece.high;
     const T* table_row = table + static_cast<int64_t>(min(l, high)) * D;
     float acc[kQueries] = {};
     for (int d = 0; d < D; d += 4) {
@@ -105,8 +122,8 @@ __device__ __forceinline__ void axis_factors_simt(const FactorTile& tile, const 
       }
     }
     put_factors<kQueries>(
-        tile, p, a, high, [&](int r) { return acc[r]; }, [&](int r) { return first + r; },
-        [&](int r) { return tile.origin(p.shape.axis[a], a, first + r); }, [&](int) { return l; });
+        tile, p, piece.a, high, [&](int r) { return acc[r]; }, [&](int r) { return first + r; },
+        [&](int r) { return tile.origin(p.shape.axis[piece.a], piece.a, first + r); }, [&](int) { return l; });
   }
 }
 

@@ -51,6 +51,12 @@ constexpr int kVector = 16 / sizeof(S);  // elements of a 16-byte vector
 
 template <typename S>
 __device__ __forceinline__ void unpack(uint4 v, float (&x)[kVector<S>]) {  // by value: memory is read as a vector
+  if constexpr (std::is_same_v<S, __nv_bfloat16>) {  // the upper half of a float: of two, one needs no shift
+    const uint32_t words[8] = {v.x << 16, v.x & ~0xffffu, v.y << 16, v.y & ~0xffffu,
+                               v.z << 16, v.z & ~0xffffu, v.w << 16, v.w & ~0xffffu};
+    memcpy(x, words, sizeof words);
+    return;
+  }
   S e[kVector<S>];
   memcpy(static_cast<void*>(e), &v, sizeof v);
 #pragma unroll

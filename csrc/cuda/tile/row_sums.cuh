@@ -17,31 +17,54 @@ struct SumRow {
   int64_t end;    // of the gradient that may be read by whole vectors
 };
 
+// Of 2 HALF sums that two lanes have parts of, `distance` apart, each completes half: the upper lane the upper ones.
+template <int HALF, int COUNT>
+__device__ __forceinline__ void share_sums(float (&sums)[COUNT], int distance) {
+  const bool upper = threadIdx.x & distance;
+#pragma unroll
+  for (int i = 0; i < HALF; ++i) {
+    const float given = upper ? sums[i] : sums[i + HALF];
+    sums[i] = (upper ? sums[i + HALF] : sums[i]) + __shfl_xor_sync(~0u, given, distance);
+  }
+}
+
 // Where image rows of keys are whole vectors and a warp loads whole image rows at once, a lane meets the same columns
-// in every vector: column sums stay in its registers.
-template <typename S>
+// in every vector: column sums stay in its registers. SHARED: four lanes or more have an image row; then of four rows
+// each lane completes one sum, with fewer shuffles than for four sums.
+template <typename S, bool SHARED>
 __device__ __forceinline__ void sum_row_in_registers(const SumRow& to, const S* grad, int lanes_log2) {
   constexpr int V = kVector<S>, kUnroll = 4;
   const int lane = threadIdx.x % 32, lanes = 1 << lanes_log2, at_once = 32 >> lanes_log2;
   const int keys_o = to.shape.outer_keys(), line = lane >> lanes_log2, own = lane & (lanes - 1);
+  const int mine = SHARED ? line + (own >> (lanes_log2 - 2)) * at_once : line;
+  const bool first = SHARED ? (own & (lanes / kUnroll - 1)) == 0 : own == 0;  // of the lanes that have the same sum
   float column[V] = {};
   grad += lane * V;
   for (int o0 = 0; o0 < keys_o; o0 += kUnroll * at_once, grad += kUnroll * 32 * V) {
     uint4 regs[kUnroll];
+    float sums[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u)
+      regs[u] = o0 + u * at_once + line < keys_o ? load_stream(grad + u * 32 * V) : make_uint4(0, 0, 0, 0);
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int o = o0 + u * at_once + line;
-      regs[u] = o < keys_o ? load_stream(grad + u * 32 * V) : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const int o = o0 + u * at_once + line;
-      float x[V], sum = 0.f;
+      float x[V];
       unpack<S>(regs[u], x);
+      column[0] += x[0], sums[u] = x[0];
 #pragma unroll
-      for (int i = 0; i < V; ++i) column[i] += x[i], sum += x[i];
-      for (int d = lanes / 2; d; d /= 2) sum += __shfl_xor_sync(~0u, sum, d);
-      if (own == 0 && o < keys_o) to.outer[o] = sum;
+      for (int i = 1; i < V; ++i) column[i] += x[i], sums[u] += x[i];
+    }
+    if constexpr (SHARED) {
+      share_sums<2>(sums, lanes / 2);
+      share_sums<1>(sums, lanes / 4);
+      for (int d = lanes / 8; d; d /= 2) sums[0] += __shfl_xor_sync(~0u, sums[0], d);
+      if (first && o0 + mine < keys_o) to.outer[o0 + mine] = sums[0];
+    } else {
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (lanes == 2) sums[u] += __shfl_xor_sync(~0u, sums[u], 1);
+        if (first && o0 + u * at_once + mine < keys_o) to.outer[o0 + u * at_once + mine] = sums[u];
+      }
     }
   }
   for (int d = lanes; d < 32; d *= 2)
@@ -112,9 +135,11 @@ __device__ __forceinline__ void sum_small_grid(const SumRow& to, const float* x)
   const int step = column ? keys_w : 1, count = column ? keys_o : keys_w;
   if (i >= (column ? keys_w : keys_o)) return;
   x += column ? i : i * keys_w;
-  float sum = 0.f;
-#pragma unroll 4
-  for (int k = 0; k < count; ++k) sum += x[k * step];
+  float sum = 0.f, terms[kSmallSide];
+#pragma unroll
+  for (int k = 0; k < kSmallSide; ++k) terms[k] = k < count ? x[k * step] : 0.f;
+#pragma unroll
+  for (int k = 0; k < kSmallSide; ++k) sum += terms[k];
   (column ? to.inner : to.outer)[i] = sum;
 }
 
@@ -127,6 +152,13 @@ __device__ __forceinline__ const float* fill_buffer(const SumRow& to, const S* g
   for (int e = threadIdx.x % 32 * V; e < shift + n; e += 32 * V)
     put_vector<S>(to.buffer + e, load_vector(grad, aligned + e, begin + n, to.end));
   return to.buffer + shift;
+}
+
+// grad[begin, begin + n) is on its way to L2, n <= kSumBuffer.
+template <typename S>
+__device__ __forceinline__ void prefetch_part(const S* grad, int64_t begin, int n) {
+  const int at = threadIdx.x % 32 * (128 / static_cast<int>(sizeof(S)));
+  if (at < n) prefetch_l2(grad + begin + at);
 }
 
 // The sum of each of `lines` image rows of the buffer, `width` keys each, goes to outer[0 .. lines), or is added there
@@ -159,8 +191,10 @@ __device__ __forceinline__ void sum_row_in_buffer(const SumRow& to, const S* gra
     const int width = min(kSumBuffer, keys_w - j0);
     float column[kSumBuffer / 32] = {};
     for (int o0 = 0; o0 < keys_o; o0 += lines_at_once) {
-      const int lines = min(lines_at_once, keys_o - o0);
-      const float* x = fill_buffer(to, grad, begin + static_cast<int64_t>(o0) * keys_w + j0, lines * width);
+      const int lines = min(lines_at_once, keys_o - o0), next = o0 + lines;
+      const int64_t part = begin + static_cast<int64_t>(o0) * keys_w + j0;
+      prefetch_part(grad, part + lines * keys_w, min(lines_at_once, keys_o - next) * width);
+      const float* x = fill_buffer(to, grad, part, lines * width);
       __syncwarp();
 #pragma unroll
       for (int c = 0; c < kSumBuffer / 32; ++c) {
@@ -201,6 +235,7 @@ __device__ __forceinline__ void sum_small_rows(const LogitsBwdParams& p, int64_t
     if (row < count) next.load(grad, (first_row + row) * s.N() + s.prefix, n, readable_of(p));
   };
   load(threadIdx.x / 32);
+  prefetch_rows<S>(p, p.grad, first_row, count);  // a warp has one row under way, and few bytes are a row
   for (int row = threadIdx.x / 32; row < count; row += kWarps) {
     const float* x = next.put(buffer);
     load(row + kWarps);
@@ -210,32 +245,52 @@ __device__ __forceinline__ void sum_small_rows(const LogitsBwdParams& p, int64_t
   }
 }
 
-// Factor gradients of one row, by one warp.
-template <typename S>
-__device__ __forceinline__ void sum_row(const LogitsBwdParams& p, int64_t row, float* factors, float* buffer) {
+// As above, sum(to, grad) for each of them: sums of the image rows and of the columns.
+template <typename S, typename Sum>
+__device__ __forceinline__ void sum_rows_by(const LogitsBwdParams& p, int64_t first_row, int count, float* factors,
+                                            float* buffer, Sum&& sum_row) {
   const Shape& s = p.shape;
   const int lane = threadIdx.x % 32, keys_h = s.axis[kH].keys;
-  const SumRow to = row_sums(p, factors, buffer);
+  for (int row = threadIdx.x / 32; row < count; row += kWarps) {
+    float* of_row = factors + row * p.factor_ld;
+    const SumRow to = row_sums(p, of_row, buffer);
+    sum_row(to, (first_row + row) * s.N() + s.prefix);
+    if (s.axis[kT].rows == 0) continue;
+    const float* outer = to.outer;
+    __syncwarp();
+    for (int h = lane; h < keys_h; h += 32) {
+      float sum = 0.f;
+      for (int o = h; o < s.outer_keys(); o += keys_h) sum += outer[o];
+      of_row[s.axis[kH].factor + h] = sum;
+    }
+    for (int t = lane; t < s.axis[kT].keys; t += 32) {
+      float sum = 0.f;
+      for (int h = 0; h < keys_h; ++h) sum += outer[t * keys_h + h];
+      of_row[s.axis[kT].factor + t] = sum;
+    }
+    __syncwarp();  // before the next row overwrites `outer`
+  }
+}
+
+// Factor gradients of a tile, a warp per row; those of a class token's row are not used. Each way has a loop of its
+// own, with registers of its own.
+template <typename S>
+__device__ __forceinline__ void sum_rows(const LogitsBwdParams& p, int64_t first_row, int count, float* factors,
+                                         float* buffer) {
   const S* grad = static_cast<const S*>(p.grad);
-  const int64_t begin = row * s.N() + s.prefix;
-  if (p.line_lanes_log2 >= 0)
-    sum_row_in_registers(to, grad + begin, p.line_lanes_log2);
+  if (p.line_lanes_log2 >= 2)
+    sum_rows_by<S>(p, first_row, count, factors, buffer, [&](const SumRow& to, int64_t begin) {
+      sum_row_in_registers<S, true>(to, grad + begin, p.line_lanes_log2);
+    });
+  else if (p.line_lanes_log2 >= 0)
+    sum_rows_by<S>(p, first_row, count, factors, buffer, [&](const SumRow& to, int64_t begin) {
+      sum_row_in_registers<S, false>(to, grad + begin, p.line_lanes_log2);
+    });
+  else if (is_small<S>(p.shape))
+    sum_small_rows<S>(p, first_row, count, factors, buffer);
   else
-    sum_row_in_buffer(to, grad, begin);
-  if (s.axis[kT].rows == 0) return;
-  const float* outer = to.outer;
-  __syncwarp();
-  for (int h = lane; h < keys_h; h += 32) {
-    float sum = 0.f;
-    for (int o = h; o < s.outer_keys(); o += keys_h) sum += outer[o];
-    factors[s.axis[kH].factor + h] = sum;
-  }
-  for (int t = lane; t < s.axis[kT].keys; t += 32) {
-    float sum = 0.f;
-    for (int h = 0; h < keys_h; ++h) sum += outer[t * keys_h + h];
-    factors[s.axis[kT].factor + t] = sum;
-  }
-  __syncwarp();  // before the next row overwrites `outer`
+    sum_rows_by<S>(p, first_row, count, factors, buffer,
+                   [&](const SumRow& to, int64_t begin) { sum_row_in_buffer<S>(to, grad, begin); });
 }
 
 }  // namespace relpos

@@ -2,7 +2,7 @@
 // use a table row.
 #pragma once
 #include "../../params.h"
-#include "../runtime.h"
+#include "ptx.cuh"
 
 namespace relpos {
 
@@ -17,6 +17,14 @@ __device__ __forceinline__ void locate_rows(const LogitsParams& p, int64_t first
     r.q_offset = batch * p.q.batch + head * p.q.head + m * p.q.row;
     rows[i] = r;
   }
+}
+
+// The first 32 KiB of a tile of the logits, or of their gradient, are on their way while nobody can use them yet.
+template <typename S>
+__device__ __forceinline__ void prefetch_rows(const LogitsParams& p, const void* logits, int64_t first_row, int count) {
+  constexpr int kLine = 128 / sizeof(S);
+  const int64_t at = static_cast<int64_t>(threadIdx.x) * kLine;
+  if (at < count * p.shape.N()) prefetch_l2(static_cast<const S*>(logits) + first_row * p.shape.N() + at);
 }
 
 // The table row of query coordinate c and key i of an axis.
@@ -60,12 +68,12 @@ __device__ __forceinline__ bool is_between(int key, int begin, int end) {
   return static_cast<unsigned>(key - begin) < static_cast<unsigned>(end - begin);
 }
 
-// ranges[2a], ranges[2a + 1]: lowest and highest table row that the tile's queries use on axis a. One warp per axis;
-// table rows grow with the query coordinate and fall with the key.
+// ranges[2a], ranges[2a + 1]: lowest and highest table row that the tile's queries use on axis a, 0 and -1 if they use
+// none. One warp per axis; table rows grow with the query coordinate and fall with the key.
 __device__ __forceinline__ void find_ranges(const Shape& s, const int32_t* index, const RowOfTile* rows, int count,
                                             int* ranges) {
   const int a = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (a >= kAxes || s.axis[a].rows == 0) return;
+  if (a >= kAxes) return;
   int low = s.axis[a].queries, high = -1;
   for (int i = lane; i < count; i += 32) {
     const int c = rows[i].coordinate[a];
@@ -80,7 +88,7 @@ __device__ __forceinline__ void find_ranges(const Shape& s, const int32_t* index
   if (lane != 0) return;
   int* const range = ranges + 2 * a;
   range[0] = 0, range[1] = -1;
-  if (high < 0) return;
+  if (high < 0 || s.axis[a].rows == 0) return;
   range[0] = row_of(s.axis[a], index, low, s.axis[a].keys - 1);
   range[1] = row_of(s.axis[a], index, high, 0);
 }
