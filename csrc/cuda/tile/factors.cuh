@@ -186,25 +186,23 @@ struct StripBias {
   __device__ __forceinline__ void fill_columns(const AttentionParams& p, const Span& span, const Coordinates* rows,
                                                const Tile<T, D>& q, const float (&below)[2], const float (&of_class)[2],
                                                float* stage) {
-    const int lane = static_cast<int>(afresh(threadIdx.x)) % 32, strip = static_cast<int>(afresh(first));
+    const int lane = threadIdx.x % 32, strip = static_cast<int>(afresh(first));
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
       strip_factors<T, kTableBlocks<D>>(p, kW, keys, rows, q, strip,
                                         [&](int, int row, int key, float x) { stage[row * kLd + key] = x; });
       __syncwarp();
     }
-    bool biased[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-      biased[half] = span.of_lines && rows[strip + lane / 4 + half * 8].of[kW] >= 0;
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2, row = lane / 4 + e / 2 * 8;
+        const int at = column_of(p.keys, span, j) + lane % 4 * 2 + e % 2;
+        const int row = lane / 4 + e / 2 * 8;
+        const bool biased = span.of_lines && rows[strip + row].of[kW] >= 0;
         const float none = span.of_lines ? 0.f : of_class[e / 2];
         column[j][e] = at >= span.columns ? -INFINITY
-                       : biased[e / 2]    ? (stage[row * kLd + at] - below[e / 2]) * p.inverse_scale
+                       : biased           ? (stage[row * kLd + at] - below[e / 2]) * p.inverse_scale
                                           : none;
       }
     __syncwarp();  // before the next strip overwrites the stage
