@@ -23,7 +23,6 @@
 #include <vector_functions.h>
 #include <vector_types.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -84,7 +83,6 @@ struct Op {
 };
 inline constexpr Op kShuffle{"shuffle", &Stats::shuffles};
 inline constexpr Op kVote{"vote", &Stats::votes};
-inline constexpr Op kReduce{"reduction", &Stats::votes};
 inline constexpr Op kSyncwarp{"__syncwarp", &Stats::warp_barriers, false, true};
 inline constexpr Op kSyncthreads{"__syncthreads", &Stats::block_barriers, false, true};
 
@@ -177,15 +175,6 @@ inline int __any_sync(unsigned mask, int yes, simt::Site site = simt::Site::curr
 }
 inline int __all_sync(unsigned mask, int yes, simt::Site site = simt::Site::current()) {
   return __ballot_sync(mask, !yes, site) == 0;
-}
-inline int __reduce_max_sync(unsigned mask, int v, simt::Site site = simt::Site::current()) {
-  const simt::Gathered warp = simt::gather(simt::kReduce, mask, v, site);
-  for (int l = 0; l < warpSize; ++l)
-    if (warp.present >> l & 1) v = std::max(v, warp.at<int>(l));
-  return v;
-}
-inline int __reduce_min_sync(unsigned mask, int v, simt::Site site = simt::Site::current()) {
-  return ~__reduce_max_sync(mask, ~v, site);
 }
 
 template <typename T>

@@ -29,7 +29,11 @@ struct UsedRows {
   __device__ __forceinline__ UsedRows(const AttentionParams& p, int a, const KeyRange& keys, const Coordinates* rows) {
     const Axis& axis = p.shape.axis[a];
     const int lane = threadIdx.x % 32, c = rows[lane % 16].of[a];
-    const int least = __reduce_min_sync(~0u, c < 0 ? axis.queries : c), most = __reduce_max_sync(~0u, c);
+    int least = c < 0 ? axis.queries : c, most = c;
+    for (int x = 8; x; x /= 2) {
+      least = min(least, __shfl_xor_sync(~0u, least, x));
+      most = max(most, __shfl_xor_sync(~0u, most, x));
+    }
     if (most >= 0) {
       first = row_of(axis, p.index, least, keys.end - 1);
       step = least == most ? max(axis.k_shift, 0) : 0;

@@ -89,10 +89,9 @@ struct OnlineSoftmax {
       const int m = first + lane / 4 + half * 8;
       if (p.lse && lane % 4 == 0 && m < block.count)
         p.lse[block.group * p.shape.M() + block.first + m] = (reference[s][half] + largest[m] + log2f(total)) * kLn2;
-      // In half precision, an error of 2^-24 more does not matter, but a division is 20 instructions. Of two strips, all
-      // registers are in use, and one more would be spilled.
+      // In half precision, an error of 2^-24 more does not matter, but a division is 20 instructions.
       const float part = 1.f / total;
-      const auto share = [&](float x) { return sizeof(T) == 2 && STRIPS == 1 ? x * part : x / total; };
+      const auto share = [&](float x) { return sizeof(T) == 2 ? x * part : x / total; };
 #pragma unroll
       for (int d = 0; d < D / 8; ++d)
         set_pair(rows.at(m, d * 8 + lane % 4 * 2), share(out[s][d][2 * half]), share(out[s][d][2 * half + 1]));
