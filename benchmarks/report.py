@@ -83,6 +83,10 @@ def four_digits(milliseconds: float) -> str:
     return f"{milliseconds:.4g}" if milliseconds < 9999.5 else f"{milliseconds:.0f}"
 
 
+def three_digits(microseconds: float) -> str:
+    return f"{microseconds:.3g}" if microseconds < 999.5 else f"{microseconds:.0f}"
+
+
 def mebibytes(count: int | None) -> str:
     return "?" if count is None else f"{count / 2**20:.0f}"
 
@@ -144,7 +148,7 @@ def _host(rows: list[dict]) -> Iterable[str]:
 
 def host_table(rows: list[dict]) -> Table:
     """Passes to the right, peers downwards."""
-    found = {(row["peer"], row["pass"]): f"{row['microseconds']:.3g}" for row in rows}
+    found = {(row["peer"], row["pass"]): three_digits(row["microseconds"]) for row in rows}
     peers, passes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("peer", "pass"))
     return [("peer", *passes), *((p, *(found.get((p, q), "") for q in passes)) for p in peers)]
 
