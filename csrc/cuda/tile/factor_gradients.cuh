@@ -48,14 +48,21 @@ struct HeldRow {
   uint4 chunks[kCount];
 
   __device__ __forceinline__ static int element(int i) { return (2 * i + static_cast<int>(threadIdx.x) % 2) * kChunk; }
+  __device__ __forceinline__ static uint4 chunk(const T* row, int width, int i) {
+    return element(i) < width ? *reinterpret_cast<const uint4*>(row + element(i)) : make_uint4(0, 0, 0, 0);
+  }
   __device__ __forceinline__ void load(const T* row, int width) {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      chunks[i] = element(i) < width ? *reinterpret_cast<const uint4*>(row + element(i)) : make_uint4(0, 0, 0, 0);
+    for (int i = 0; i < kCount; ++i) chunks[i] = chunk(row, width, i);
   }
   __device__ __forceinline__ void put(T* row) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) *reinterpret_cast<uint4*>(row + element(i)) = chunks[i];
+  }
+  // With the registers of one chunk.
+  __device__ __forceinline__ static void copy(const T* row, int width, T* to) {
+#pragma unroll 1
+    for (int i = 0; i < kCount; ++i) *reinterpret_cast<uint4*>(to + element(i)) = chunk(row, width, i);
   }
 };
 
@@ -69,13 +76,17 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
   const UsedRows used(p, a, keys, rows + first);
   if (used.last < 0) return;
   HeldRow<T, D> held;  // not by cp.async: other warps have brought most rows to L1
-  const auto load = [&](int i0) { held.load(used.row<T>(p, i0 + lane / 2), p.shape.D); };
-  if (AHEAD) load(0);
+  const auto row = [&](int i0) { return used.row<T>(p, i0 + lane / 2); };
+  T* const own = table_rows.at(lane / 2, 0);
+  if constexpr (AHEAD) held.load(row(0), p.shape.D);
   for (int i0 = 0; i0 <= used.last; i0 += 16) {
-    if (!AHEAD) load(i0);
     __syncwarp();  // the tile may be overwritten
-    held.put(table_rows.at(lane / 2, 0));
-    if (AHEAD) load(i0 + 16);
+    if constexpr (AHEAD) {
+      held.put(own);
+      held.load(row(i0 + 16), p.shape.D);
+    } else {
+      held.copy(row(i0), p.shape.D, own);
+    }
     float x[2][4];
     int key[8];
     used.find_keys(p.index, key, i0);
