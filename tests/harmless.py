@@ -19,7 +19,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_bwd_keys_sm90.cuh: wgmma_wait<0>(flat(weight)) -> left out": WAITED_FOR,
     "attention_bwd_keys_sm90.cuh: part % kParts == kParts - 1 -> true": WIDER,
     "attention_bwd_keys_sm90.cuh: ends -> true": WIDER,
-    "attention_bwd_queries_sm90.cuh: wgmma_wait<0>(flat(from.score)) -> left out": WAITED_FOR,
+    "attention_bwd_queries_sm90.cuh: wgmma_wait<0>(flat(weight)) -> left out": WAITED_FOR,
     "attention_bwd_queries_sm90.cuh: begin + kPart == BLOCKS -> true": WIDER,
     "attention_bwd_queries_sm90.cuh: ends -> true": WIDER,
     "attention_bwd_queries_sm90.cuh: mbarrier_fence_init() -> left out": SHOWN_AGAIN,

@@ -98,7 +98,7 @@ bool wgmma_is(const char* value) {
 // The same of a kernel for sm_90; `passing` is what TMA is to read.
 std::optional<AttentionPlan> plan_sm90(AttentionKernel kernel, AttentionParams& p, const OnDevice& device,
                                        const Tensor& q, int64_t tokens, std::initializer_list<InRows> passing) {
-  if (!kWithSm90 || wgmma_is("0")) return {};
+  if (wgmma_is("0")) return {};
   for (const InRows& rows : passing)
     if (!has_strides(rows, p.shape, tokens)) return {};
   return plan_if_taken(kernel, p, device, q);

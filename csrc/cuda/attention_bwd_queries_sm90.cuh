@@ -19,7 +19,7 @@ template <typename T, int D, int BLOCKS, bool ONE_LINE>
 struct AttentionBwdQueriesSm90 {
   // As there are registers: so many blocks of keys at a time, and whether <grad, v> begins while S is under way.
   static constexpr int kPart = D > 96 && BLOCKS == 8 ? 4 : BLOCKS;
-  static constexpr bool kBothAtOnce = D <= (ONE_LINE ? 80 : 64);
+  static constexpr bool kBothAtOnce = ONE_LINE && D <= 80;
   using Stages = Sm90Stages<T, D, BLOCKS>;
   using Sums = QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE>;
   const AttentionBwdQueriesSm90Params& p;
@@ -47,29 +47,26 @@ struct AttentionBwdQueriesSm90 {
     arrive_as_warp(ready);
   }
 
-  // What the products with blocks of keys start from, and what is to be added after.
-  struct Start {
-    float score[kPart][4], line[kPart][2];
-  };
-
-  // Blocks `begin` .. of a tile: starts what they add to dq.
-  __device__ __forceinline__ void absorb(Sums& mine, Start& from, int tile, int begin, int stage,
-                                         const LineGradients& dlines, const Tile<T, D>& q,
-                                         const Tile<T, D>& grad) const {
-    float dp[kPart][4];
+  // Blocks `begin` .. of a tile, whose column factors `weight` has: starts what they add to dq.
+  __device__ __forceinline__ void absorb(Sums& mine, float (&weight)[kPart][4], const Span& span, int tile, int begin,
+                                         int stage, const LineFactors<T>& lines, const LineGradients& dlines,
+                                         const Tile<T, D>& q, const Tile<T, D>& grad) const {
+    float dp[kPart][4], line[kPart][2];
+    if constexpr (!ONE_LINE) mine.bias.load_lines(p, lines, span, tile, begin, line);
     RowsA<T, D> rows_of_q(q, mine.bias.first);
-    stages.k(stage).template start_products<true>(from.score, rows_of_q, begin * 8);
-    if constexpr (!kBothAtOnce) wgmma_wait<0>(flat(from.score));
+    stages.k(stage).template start_products<true>(weight, rows_of_q, begin * 8);
+    if constexpr (!kBothAtOnce) wgmma_wait<0>(flat(weight));
     RowsA<T, D> rows_of_grad(grad, mine.bias.first);
     stages.v(stage).template start_products<false>(dp, rows_of_grad, begin * 8);
-    wgmma_wait<1>(flat(from.score));
+    if constexpr (ONE_LINE) mine.bias.load_lines(p, lines, span, tile, begin, line);
+    wgmma_wait<1>(flat(weight));
 #pragma unroll
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e)
-        from.score[j][e] = exp2_approx(fmaf(from.score[j][e], p.to_powers, from.line[j][e / 2] + mine.offset[e / 2]));
+        weight[j][e] = exp2_approx(fmaf(weight[j][e], p.to_powers, line[j][e / 2] + mine.offset[e / 2]));
     wgmma_wait<0>(flat(dp));
-    mine.find_ds(begin, from.score, dp);
+    mine.find_ds(begin, weight, dp);
     WeightsA<T, kPart> ds(dp);
     stages.k(stage).start_weighted(mine.dq[0], ds, begin * 8);
     if constexpr (!ONE_LINE) mine.add_lines(tile, begin, dlines, dp);
@@ -79,17 +76,17 @@ struct AttentionBwdQueriesSm90 {
   __device__ __forceinline__ void absorb_span(Sums& mine, const Span& span, StageRing& ring,
                                               const LineFactors<T>& lines, const LineGradients& dlines,
                                               const Tile<T, D>& q, const Tile<T, D>& grad) const {
-    Start next;
-    mine.bias.start(p, lines, span, 0, 0, next.score, next.line);
+    float next[kPart][4];
+    mine.bias.start_columns(0, next);
     mbarrier_wait(full + ring.stage, ring.parity);
     for (int tile = 0; tile < p.keys.tiles; ++tile) {
       const int stage = ring.stage;
 #pragma unroll
       for (int begin = 0; begin < BLOCKS; begin += kPart) {
-        absorb(mine, next, tile, begin, stage, dlines, q, grad);
+        absorb(mine, next, span, tile, begin, stage, lines, dlines, q, grad);
         const bool ends = begin + kPart == BLOCKS;
         if (ends) mine.end_tile(span, tile, dlines);
-        mine.bias.start(p, lines, span, tile + ends, ends ? 0 : begin + kPart, next.score, next.line);
+        mine.bias.start_columns(ends ? 0 : begin + kPart, next);
         if (ends) {
           ring.advance();
           if (tile + 1 < p.keys.tiles) mbarrier_wait(full + ring.stage, ring.parity);

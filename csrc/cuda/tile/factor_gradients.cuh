@@ -76,16 +76,15 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
   const UsedRows used(p, a, keys, rows + first);
   if (used.last < 0) return;
   HeldRow<T, D> held;  // not by cp.async: other warps have brought most rows to L1
-  const auto row = [&](int i0) { return used.row<T>(p, i0 + lane / 2); };
-  T* const own = table_rows.at(lane / 2, 0);
-  if constexpr (AHEAD) held.load(row(0), p.shape.D);
+  const auto load = [&](int i0) { held.load(used.row<T>(p, i0 + lane / 2), p.shape.D); };
+  if constexpr (AHEAD) load(0);
   for (int i0 = 0; i0 <= used.last; i0 += 16) {
     __syncwarp();  // the tile may be overwritten
     if constexpr (AHEAD) {
-      held.put(own);
-      held.load(row(i0 + 16), p.shape.D);
+      held.put(table_rows.at(lane / 2, 0));
+      load(i0 + 16);
     } else {
-      held.copy(row(i0), p.shape.D, own);
+      held.copy(used.row<T>(p, i0 + lane / 2), p.shape.D, table_rows.at(lane / 2, 0));
     }
     float x[2][4];
     int key[8];

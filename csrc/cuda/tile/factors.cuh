@@ -217,6 +217,19 @@ struct StripBias {
   template <int PART>
   __device__ __forceinline__ void start(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
                                         int tile, int begin, float (&score)[PART][4], float (&line)[PART][2]) const {
+    start_columns(begin, score);
+    load_lines(p, lines, span, tile, begin, line);
+  }
+  template <int PART>
+  __device__ __forceinline__ void start_columns(int begin, float (&score)[PART][4]) const {
+#pragma unroll
+    for (int j = 0; j < PART; ++j)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) score[j][e] = kWithBias ? column[begin + j][e] : 0.f;
+  }
+  template <int PART>
+  __device__ __forceinline__ void load_lines(const AttentionParams& p, const LineFactors<T>& lines, const Span& span,
+                                             int tile, int begin, float (&line)[PART][2]) const {
     const int first_line = span.line_factors + tile * p.keys.lines;
 #pragma unroll
     for (int j = 0; j < PART; ++j) {
@@ -224,8 +237,6 @@ struct StripBias {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
         line[j][half] = !kWithBias ? 0.f : ONE_LINE && j > 0 ? line[0][half] : to_float(lines.at(of_block, row(half)));
-#pragma unroll
-      for (int e = 0; e < 4; ++e) score[j][e] = kWithBias ? column[begin + j][e] : 0.f;
     }
   }
 };
