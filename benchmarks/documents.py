@@ -31,13 +31,12 @@ COLUMNS = {
         *("bare `add_(1)`", "bare `add(1)`"),
     ),
     "attention": (
-        *("ours, wgmma", "ours, mma.sync"),
+        "ours, mma.sync",
         *("sdpa, dense bias", "sdpa, dense bias, efficient", "sdpa, dense bias, cudnn", "eager"),
         *("eager, SAM", "eager, HF", "compiled", "flex", "concat", "concat, cudnn"),
         *("sdpa, no bias", "sdpa, no bias, flash", "sdpa, no bias, cudnn"),
     ),
 }
-WAYS = (OURS["attention"], "ours, wgmma")  # of ours; before the faster was the default, a file had both
 KINDS = ("sdpa, dense bias", "eager", "sdpa, no bias")  # of peers of the attention, by how their names begin
 
 
@@ -91,7 +90,7 @@ def summary(*results: dict) -> Iterable[tuple[str, ...]]:
             line: list[str] = []
             for direction in PASSES:
                 of_pass = [row for row in of_layer if row["pass"] == direction]
-                ours = min((row for row in of_pass if row["peer"] in WAYS), key=lambda row: row["milliseconds"])
+                (ours,) = (row for row in of_pass if row["peer"] == OURS["attention"])
                 kinds = [[row for row in of_pass if row["peer"].startswith(kind)] for kind in KINDS]
                 fastest = [min(kind, key=partial(times_ours, ours=ours), default=None) for kind in kinds]
                 line += cells(ours, fastest)
