@@ -111,7 +111,9 @@ class AttentionFunction(torch.autograd.Function):
             ctx.set_materialize_grads(False)  # no zeros for lse
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 11
         static = (ctx.problem, ctx.needs_input_grad[:4])
         return *_once(_attention_gradients, static, grad, *ctx.saved_tensors), *[None] * 7
 

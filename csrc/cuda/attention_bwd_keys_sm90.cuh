@@ -81,10 +81,12 @@ struct AttentionBwdKeysSm90 {
     for (int j = 0; j < kPart; ++j) pairs[j] = *reinterpret_cast<const float2*>(from + j * 8 + threadIdx.x % 4 * 2);
   }
 
-  // Queries `begin` .. of a stage, whose column factors `weight` has: starts what they add to dv and dk.
+  // Queries `begin` .. of a stage, whose column factors `weight` has: starts what they add to dv and dk, of which
+  // `weights` and `of_ds` must stay.
   __device__ __forceinline__ void absorb(float (&dk)[D / 8][4], float (&dv)[D / 8][4], float (&weight)[kPart][4],
-                                         int first, const KeyBlocks<1>& blocks, int stage, int begin,
-                                         const Tile<T, D>& k, const Tile<T, D>& v) const {
+                                         WeightsA<T, kPart>& weights, WeightsA<T, kPart>& of_ds, int first,
+                                         const KeyBlocks<1>& blocks, int stage, int begin, const Tile<T, D>& k,
+                                         const Tile<T, D>& v) const {
     const AttentionBwdKeysSm90Shared& at = p.at_keys_sm90;
     const float* lines = reinterpret_cast<const float*>(of_stage(stage, at.lines));
     const float* deltas = reinterpret_cast<const float*>(of_stage(stage, at.statistics));
@@ -109,7 +111,7 @@ struct AttentionBwdKeysSm90 {
         x[1] = exp2_approx(fmaf(x[1], p.to_powers, line[half][j].y));
       }
     load_pairs(deltas + begin, delta);
-    WeightsA<T, kPart> weights(weight);
+    weights.set(weight);
     grad.start_weighted(dv, weights, begin);
     wgmma_wait<1>(flat(ds));
 #pragma unroll
@@ -119,7 +121,7 @@ struct AttentionBwdKeysSm90 {
         ds[j][2 * half] = weight[j][2 * half] * (ds[j][2 * half] - delta[j].x);
         ds[j][2 * half + 1] = weight[j][2 * half + 1] * (ds[j][2 * half + 1] - delta[j].y);
       }
-    WeightsA<T, kPart> of_ds(ds);
+    of_ds.set(ds);
     q.start_weighted(dk, of_ds, begin);
   }
 
@@ -128,6 +130,7 @@ struct AttentionBwdKeysSm90 {
     float dk[1][D / 8][4] = {}, dv[1][D / 8][4] = {};
     const KeyBlocks<1> blocks(p, block.slots, first, kQueries);
     float weight[kPart][4];
+    WeightsA<T, kPart> weights, of_ds;
     const int parts = tiles() * kParts;
     StageRing ring{p.at_keys_sm90.stage_count};
     mbarrier_wait(full, 0);
@@ -135,7 +138,7 @@ struct AttentionBwdKeysSm90 {
     for (int part = 0; part < parts; ++part) {
       const int stage = ring.stage, begin = part % kParts * kPart * 8;
       const bool ends = part % kParts == kParts - 1;
-      absorb(dk[0], dv[0], weight, first, blocks, stage, begin, k, v);
+      absorb(dk[0], dv[0], weight, weights, of_ds, first, blocks, stage, begin, k, v);
       if (ends && part + 1 < parts) {
         ring.advance();
         mbarrier_wait(full + ring.stage, ring.parity);

@@ -47,10 +47,11 @@ struct AttentionBwdQueriesSm90 {
     arrive_as_warp(ready);
   }
 
-  // Blocks `begin` .. of a tile, whose column factors `weight` has: starts what they add to dq.
-  __device__ __forceinline__ void absorb(Sums& mine, float (&weight)[kPart][4], const Span& span, int tile, int begin,
-                                         int stage, const LineFactors<T>& lines, const LineGradients& dlines,
-                                         const Tile<T, D>& q, const Tile<T, D>& grad) const {
+  // Blocks `begin` .. of a tile, whose column factors `weight` has: starts what they add to dq, of which ds must stay.
+  __device__ __forceinline__ void absorb(Sums& mine, float (&weight)[kPart][4], WeightsA<T, kPart>& ds,
+                                         const Span& span, int tile, int begin, int stage, const LineFactors<T>& lines,
+                                         const LineGradients& dlines, const Tile<T, D>& q,
+                                         const Tile<T, D>& grad) const {
     float dp[kPart][4], line[kPart][2];
     if constexpr (!ONE_LINE) mine.bias.load_lines(p, lines, span, tile, begin, line);
     RowsA<T, D> rows_of_q(q, mine.bias.first);
@@ -67,7 +68,7 @@ struct AttentionBwdQueriesSm90 {
         weight[j][e] = exp2_approx(fmaf(weight[j][e], p.to_powers, line[j][e / 2] + mine.offset[e / 2]));
     wgmma_wait<0>(flat(dp));
     mine.find_ds(begin, weight, dp);
-    WeightsA<T, kPart> ds(dp);
+    ds.set(dp);
     stages.k(stage).start_weighted(mine.dq[0], ds, begin * 8);
     if constexpr (!ONE_LINE) mine.add_lines(tile, begin, dlines, dp);
   }
@@ -77,13 +78,14 @@ struct AttentionBwdQueriesSm90 {
                                               const LineFactors<T>& lines, const LineGradients& dlines,
                                               const Tile<T, D>& q, const Tile<T, D>& grad) const {
     float next[kPart][4];
+    WeightsA<T, kPart> ds;
     mine.bias.start_columns(0, next);
     mbarrier_wait(full + ring.stage, ring.parity);
     for (int tile = 0; tile < p.keys.tiles; ++tile) {
       const int stage = ring.stage;
 #pragma unroll
       for (int begin = 0; begin < BLOCKS; begin += kPart) {
-        absorb(mine, next, span, tile, begin, stage, lines, dlines, q, grad);
+        absorb(mine, next, ds, span, tile, begin, stage, lines, dlines, q, grad);
         const bool ends = begin + kPart == BLOCKS;
         if (ends) mine.end_tile(span, tile, dlines);
         mine.bias.start_columns(ends ? 0 : begin + kPart, next);

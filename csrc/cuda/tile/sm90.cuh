@@ -66,8 +66,6 @@ template <typename T, int BLOCKS>
 struct WeightsA {
   OperandA<T> step[BLOCKS / 2];
 
-  WeightsA() = default;
-  __device__ __forceinline__ explicit WeightsA(const float (&weights)[BLOCKS][4]) { set(weights); }
   __device__ __forceinline__ void set(const float (&weights)[BLOCKS][4]) {
 #pragma unroll
     for (int i = 0; i < BLOCKS / 2; ++i) step[i].set(weights[2 * i], weights[2 * i + 1]);
