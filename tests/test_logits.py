@@ -84,6 +84,19 @@ def test_table_gradients_of_half_queries(dtype: torch.dtype, device: str):
             assert miss(g, e) <= 2**-16 * e.abs().max(), name
 
 
+def test_gradient_of_q_where_table_gradients_cancel(device: str):
+    """Nearly the same factor gradients times rows of either sign: half of their digits would not be enough."""
+    problem = same("cancelling", 4, 8, 32)
+    inputs = draw(problem, torch.bfloat16, torch.float32)
+    inputs.grad = 1 + inputs.grad / 64
+    for table in inputs.tables:
+        table[:] = 1
+        table[::2] = -1
+    exact = run(eager, problem, inputs, torch.float64)[2]
+    got = run(ours, problem, inputs, torch.bfloat16, device, torch.float32)[2]
+    assert miss(got, exact) <= 2**-8 * exact.abs().max()
+
+
 @pytest.mark.parametrize("head_dim", [40, 96])
 def test_table_gradients_of_more_queries_than_are_located_at_once(
     head_dim: int, device: str, monkeypatch: pytest.MonkeyPatch
