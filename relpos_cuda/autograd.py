@@ -113,7 +113,7 @@ class AttentionFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 11
+            return (None,) * len(ctx.needs_input_grad)
         static = (ctx.problem, ctx.needs_input_grad[:4])
         return *_once(_attention_gradients, static, grad, *ctx.saved_tensors), *[None] * 7
 

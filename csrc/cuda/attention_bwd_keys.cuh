@@ -112,7 +112,7 @@ struct AttentionBwdKeys {
 #pragma unroll
           for (int j = 0; j < PART; ++j) {
             const uint32_t pair = blocks.has_bias(s, half) ? pairs[j] : 0u;
-            const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+            const float2 two = unpack_pair<__half>(pair);
             score[s][j][2 * half] = two.x, score[s][j][2 * half + 1] = two.y;
           }
         } else {

@@ -69,7 +69,7 @@ struct AttentionBwdKeysSm90 {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const uint32_t pair = blocks.has_bias(0, half) ? pairs[i] : 0u;
-          const float2 two = __half22float2(*reinterpret_cast<const __half2*>(&pair));
+          const float2 two = unpack_pair<__half>(pair);
           score[j + i][2 * half] = two.x, score[j + i][2 * half + 1] = two.y;
         }
       }

@@ -30,15 +30,6 @@ struct AttentionFwdSm90 {
   uint64_t *full, *empty;
 
   // Scores must be moved to what products are added to: many lines join them on the way, and cost nothing after.
-  __device__ __forceinline__ void load_lines(const LineFactors<T>& lines, int tile, int row,
-                                             float (&line)[BLOCKS][2]) const {
-    const Factor<T>* of_tile = &lines.at(tile * p.keys.lines, row);
-#pragma unroll
-    for (int j = 0; j < BLOCKS; ++j)
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        line[j][half] = kWithBias ? to_float(of_tile[p.keys.line_of[j] * kSm90Rows + half * 8]) : 0.f;
-  }
   __device__ __forceinline__ void start_from_lines(const StripBias<T, BLOCKS, ONE_LINE>& bias,
                                                    float (&score)[BLOCKS][4], float (&line)[BLOCKS][2]) const {
 #pragma unroll
@@ -75,12 +66,12 @@ struct AttentionFwdSm90 {
                                        const LineFactors<T>& lines, const Span& span, int tile, const Tile<T, D>& q,
                                        const StageRing& ring) const {
     float score[1][BLOCKS][4], line[1][BLOCKS][2];
-    if constexpr (ONE_LINE)
-      bias.start(p, lines, span, tile, 0, score[0], line[0]);
-    else
-      load_lines(lines, tile, bias.row(0), line[0]);
+    bias.load_lines(p, lines, span, tile, 0, line[0]);
     mbarrier_wait(full + ring.stage, ring.parity);
-    if constexpr (!ONE_LINE) start_from_lines(bias, score[0], line[0]);
+    if constexpr (ONE_LINE)
+      bias.start_columns(0, score[0]);
+    else
+      start_from_lines(bias, score[0], line[0]);
     stages.k(ring.stage).template start_products<true>(score[0], before.rows_of_q, 0);
     if constexpr (!FIRST) stages.v(before.stage).start_weighted(mine.out[0], before.weights, 0);
     wgmma_wait<!FIRST>(flat(score[0]));

@@ -33,12 +33,12 @@ __device__ __forceinline__ void set_pair(__nv_bfloat16* to, float x, float y) {
 }
 
 template <typename T>
-__device__ __forceinline__ float2 pair_of(uint32_t word) {
+__device__ __forceinline__ float2 unpack_pair(uint32_t word) {
   if constexpr (std::is_same_v<T, __half>) {
     __half2 two;
     memcpy(static_cast<void*>(&two), &word, sizeof two);
     return __half22float2(two);
-  } else {  // the upper half of a float
+  } else {  // the upper half of a float: of two, one needs no shift
     const uint32_t bits[2] = {word << 16, word & 0xffff0000u};
     float2 two;
     memcpy(&two, bits, sizeof two);
@@ -51,16 +51,17 @@ constexpr int kVector = 16 / sizeof(S);  // elements of a 16-byte vector
 
 template <typename S>
 __device__ __forceinline__ void unpack(uint4 v, float (&x)[kVector<S>]) {  // by value: memory is read as a vector
-  if constexpr (std::is_same_v<S, __nv_bfloat16>) {  // the upper half of a float: of two, one needs no shift
-    const uint32_t words[8] = {v.x << 16, v.x & ~0xffffu, v.y << 16, v.y & ~0xffffu,
-                               v.z << 16, v.z & ~0xffffu, v.w << 16, v.w & ~0xffffu};
-    memcpy(x, words, sizeof words);
-    return;
-  }
-  S e[kVector<S>];
-  memcpy(static_cast<void*>(e), &v, sizeof v);
+  uint32_t words[4];
+  memcpy(words, &v, sizeof v);
 #pragma unroll
-  for (int i = 0; i < kVector<S>; ++i) x[i] = to_float(e[i]);
+  for (int i = 0; i < 4; ++i) {
+    if constexpr (sizeof(S) == 4) {
+      memcpy(x + i, words + i, sizeof(float));
+    } else {
+      const float2 two = unpack_pair<S>(words[i]);
+      x[2 * i] = two.x, x[2 * i + 1] = two.y;
+    }
+  }
 }
 
 template <typename S>

@@ -21,7 +21,7 @@ __device__ __forceinline__ void split(float x, T& high, T& low) {
 template <typename T>
 __device__ __forceinline__ void split(float x, float y, uint32_t& high, uint32_t& low) {
   set_pair(reinterpret_cast<T*>(&high), x, y);
-  const float2 two = pair_of<T>(high);
+  const float2 two = unpack_pair<T>(high);
   set_pair(reinterpret_cast<T*>(&low), x - two.x, y - two.y);
 }
 
