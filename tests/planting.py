@@ -56,7 +56,8 @@ SLIPS = [
     ("tile/row_sums.cuh", "begin % V", "0"),
     ("table_grad.cuh", "begin + of_axis.per_split", "queries"),
     ("table_grad.cuh", "p.shape.prefix + (above * axis.queries + block.c) * inner + below", "below"),
-    ("tile/long_sum.cuh", "(next - sum) - missing", "0.f"),
+    ("tile/long_sum.cuh", "x - (next - sum)", "0.f"),
+    ("tile/operands.cuh", "acc[e].missing", "0.f"),
 ]
 
 

@@ -156,22 +156,6 @@ def test_logits_beyond_float16(device: str):
     torch.testing.assert_close(got[0].cpu().double(), exact[0], rtol=2**-10, atol=2**-10)
 
 
-def test_sums_of_many_keys_of_one_weight(device: str):
-    """Each addition rounds the same way, as long as the sum is of one magnitude: what is lost adds up.
-
-    The weight is no power of two, for one key is ahead. It is the compensation of these sums that is asked for.
-    """
-    problem = Problem("many_keys", (2, 3), (112, 112), 16, heads=1)
-    inputs = draw_attention(problem, torch.float32)
-    q, k, v, *tables = inputs.tensors
-    for t in (k, *tables):
-        t.zero_()
-    q.fill_(1), k[:, :, 0, 0].fill_(4)
-    for t in (v, inputs.grad):
-        t.abs_()
-    compare_attention(problem, inputs, torch.float32, device)
-
-
 @pytest.mark.parametrize("axis", [0, 1], ids=["lines", "columns"])
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_what_is_added_to_a_whole_table_costs_no_precision(axis: int, dtype: torch.dtype, device: str):

@@ -41,7 +41,7 @@ OF_SM90 = (
 )
 SOON = {  # file: pytest's -k, together with RUN
     "test_logits.py": f"({NAMES}) and not (longer or one_row)",
-    "test_attention.py": f"lse or asked or saved or many_keys or tiny and ({SMALL})",
+    "test_attention.py": f"lse or asked or saved or tiny and ({SMALL})",
     "test_attention_window.py": "asked or two_kernels and (interpol or finer) "
     f"or test_windows and ({WINDOWS}) or test_forward and ({FORWARD})",
     "test_attention_sm90.py": f"layouts or which_kernels or test_values and ({OF_SM90})",
@@ -64,6 +64,7 @@ LATER = {
     "test_logits.py": "random or strides or tiny and (longer or one_row)",
     "test_attention.py": f"large_bias or huge or whole_table or scale or saved or tiny and ({SMALL} or axes)",
     "test_attention_layouts.py": "strides",
+    "test_long_sums.py": "many",
     "test_attention_window.py": f"extremes or packed or {WINDOWS} or 13x13",
     "test_attention_sm90.py": f"extremes or layouts or other or {OF_SM90}",
 }
@@ -115,9 +116,10 @@ def noticed_by(library: Path, sanitizer: Sanitizer, tests: dict[str, str], bugs:
         """What both ops share is tested enough by the first file of each."""
         where = planted[bug - 1].file
         ops, of_sm90 = planting.ops_of(where), "sm90" in where
+        of_any = [file for file in tests if not file.startswith(("test_logits", "test_attention"))]
         if len(ops) > 1:
-            return [f"test_{op}.py" for op in ops]
-        return [file for file in tests if file.startswith(f"test_{ops[0]}") and ("sm90" in file) == of_sm90]
+            return [f"test_{op}.py" for op in ops] + of_any
+        return of_any + [file for file in tests if file.startswith(f"test_{ops[0]}") and ("sm90" in file) == of_sm90]
 
     def ask(mine: list[int]) -> str:
         asked = "\n".join(" ".join([str(bug), *files_of(bug)]) for bug in mine)

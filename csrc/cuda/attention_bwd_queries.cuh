@@ -24,7 +24,7 @@ struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && 
   using RowsOfGrad = StripRows<T, D, sizeof(T) == 2 && D <= 64>;
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
-  LongSum<T> total[2], weighted[2];
+  Sum<T> total[2] = {}, weighted[2] = {};
   float factor[2] = {1.f, 1.f};  // of p
   __device__ __forceinline__ void measure(const Span& span, int tile, int begin, const LineFactors<T>& lines,
                                           const RowsOfQ& q, const RowsOfGrad& grad, const Tile<T, D>& k,
@@ -35,14 +35,14 @@ struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && 
     for (int j = 0; j < kPart; ++j)
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        total[e / 2].add(weight[0][j][e]);
-        weighted[e / 2].add(weight[0][j][e] * dp[0][j][e]);
+        total[e / 2] += weight[0][j][e];
+        weighted[e / 2] += weight[0][j][e] * dp[0][j][e];
       }
   }
   __device__ __forceinline__ void use_measured() {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float all = total[half].sum, products = weighted[half].sum;
+      float all = total[half], products = weighted[half];
       for (int x = 1; x < 4; x *= 2) {
         all += __shfl_xor_sync(~0u, all, x);
         products += __shfl_xor_sync(~0u, products, x);

@@ -252,7 +252,7 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
   const int x = threadIdx.x % kGradSide, y = threadIdx.x / kGradSide;
   const int query = threadIdx.x / kStagers, stager = threadIdx.x % kStagers;
   const int keys = p.shape.axis[block.a].keys - block.i0, width = p.shape.D - block.d0;
-  float acc[kGradKeysPerThread][kGradDPerThread] = {};
+  float total[kGradKeysPerThread][kGradDPerThread] = {};  // by steps: one long chain of additions rounds more
   for (int u0 = block.begin; u0 < block.end; u0 += kProductDepth) {
     const int located = (u0 - block.begin) % kLocated;
     if (located == 0) {
@@ -267,6 +267,7 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
     for (int d = stager; d < min(kProductColumns, round_up(width, kGradSide)); d += kStagers)
       q_smem[query * kProductColumns + d] = d < width ? to_float(q[d]) : 0.f;
     __syncthreads();
+    float acc[kGradKeysPerThread][kGradDPerThread] = {};
     for (int r = 0; r < min(kProductDepth, block.end - u0); ++r) {
 #pragma unroll
       for (int i = 0; i < kGradKeysPerThread; ++i) {
@@ -276,6 +277,10 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
           if (d * kGradSide < width) acc[i][d] += f * q_smem[r * kProductColumns + d * kGradSide + x];
       }
     }
+#pragma unroll
+    for (int i = 0; i < kGradKeysPerThread; ++i)
+#pragma unroll
+      for (int d = 0; d < kGradDPerThread; ++d) total[i][d] += acc[i][d];
     __syncthreads();
   }
 #pragma unroll
@@ -283,7 +288,7 @@ __device__ __forceinline__ void grad_tile_simt(const TableGradParams& p, const G
 #pragma unroll
     for (int d = 0; d < kGradDPerThread; ++d) {
       const int key = i * kGradSide + y, element = d * kGradSide + x;
-      if (key < keys && element < width) out[static_cast<int64_t>(key) * p.shape.D + element] = acc[i][d];
+      if (key < keys && element < width) out[static_cast<int64_t>(key) * p.shape.D + element] = total[i][d];
     }
 }
 
@@ -319,7 +324,7 @@ constexpr int kSumColumns = 128, kSumAtOnce = 8, kMostShares = 16;
 struct SumShared {
   static constexpr int kTotals = kThreads * 4;
   int counts[kWarps], pairs[kThreads];
-  LongSum<float> totals[kTotals];  // [shares, columns]
+  LongSum totals[kTotals];  // [shares, columns]
 };
 
 // Pairs of query coordinates c0 .. c0 + kThreads - 1 with the keys that use a table row, in order; how many.
@@ -342,7 +347,7 @@ __device__ __forceinline__ int find_pairs(const Axis& axis, const int32_t* key_o
 
 // Every shares-th of the partial sums of so many pairs, split by split: those of many queries meet here one by one.
 __device__ __forceinline__ void sum_share(const TableGradParams& p, const int* pairs, int count, int share, int shares,
-                                          int d, LongSum<float> (&totals)[4]) {
+                                          int d, LongSum (&totals)[4]) {
   const int items = count * p.splits;
   for (; share < items; share += shares * kSumAtOnce) {
     float part[kSumAtOnce][4] = {};
@@ -358,7 +363,7 @@ __device__ __forceinline__ void sum_share(const TableGradParams& p, const int* p
 #pragma unroll
     for (int u = 0; u < kSumAtOnce; ++u)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) totals[e].add(part[u][e]);
+      for (int e = 0; e < 4; ++e) totals[e] += part[u][e];
   }
 }
 
@@ -372,7 +377,7 @@ __global__ void __launch_bounds__(kThreads, 3) table_sum_kernel(const TableGradP
   const int d0 = static_cast<int>(blockIdx.y) * kSumColumns, columns = min(p.shape.D - d0, kSumColumns);
   const int lanes = ceil_div(columns, 4), shares = min(kThreads / lanes, kMostShares);
   const int share = threadIdx.x / lanes, d = threadIdx.x % lanes * 4;
-  LongSum<float> totals[4];
+  LongSum totals[4];
   for (int c0 = 0; c0 < axis.queries; c0 += kThreads) {
     const int pairs = find_pairs(axis, key_of, c0, shared);
     if (share < shares) sum_share(p, shared.pairs, pairs, share, shares, d0 + d, totals);
@@ -381,9 +386,9 @@ __global__ void __launch_bounds__(kThreads, 3) table_sum_kernel(const TableGradP
   for (int e = 0; e < 4; ++e) shared.totals[threadIdx.x * 4 + e] = totals[e];
   __syncthreads();
   if (threadIdx.x >= columns) return;
-  LongSum<float> total = shared.totals[threadIdx.x];
-  for (int other = 1; other < shares; ++other) total.add(shared.totals[other * lanes * 4 + threadIdx.x]);
-  p.dtable[static_cast<int64_t>(blockIdx.x) * p.shape.D + d0 + threadIdx.x] = total.sum;
+  LongSum total = shared.totals[threadIdx.x];
+  for (int other = 1; other < shares; ++other) total += shared.totals[other * lanes * 4 + threadIdx.x];
+  p.dtable[static_cast<int64_t>(blockIdx.x) * p.shape.D + d0 + threadIdx.x] = total;
 }
 
 }  // namespace relpos

@@ -62,8 +62,8 @@ struct UsedRows {
 };
 
 // Blocks of 8 table rows that share operands of q, and a wait for memory: as many as there are registers for.
-template <int D>
-constexpr int kTableBlocks = D <= 96 ? 4 : 2;
+template <typename T, int D>
+constexpr int kTableBlocks = D <= (sizeof(T) == 2 ? 96 : 80) ? 4 : 2;
 
 // put(half, row, i, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
 // holds: row is lane / 4 + 8 half of the strip, i the number of the key among these.
@@ -108,8 +108,8 @@ template <typename T, int D>
 __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a, const Coordinates* rows,
                                                 const Tile<T, D>& q, int first, float (&largest)[2]) {
   float most[2] = {-INFINITY, -INFINITY};
-  strip_factors<T, kTableBlocks<D>>(p, a, {0, p.shape.axis[a].keys}, rows, q, first,
-                                    [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
+  strip_factors<T, kTableBlocks<T, D>>(p, a, {0, p.shape.axis[a].keys}, rows, q, first,
+                                       [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     for (int x = 1; x < 4; x *= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], x));
@@ -167,7 +167,7 @@ struct LineFactors {
   __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
                                        int first, float* stage) const {
     const int row = first + threadIdx.x % 16, part = threadIdx.x % 32 / 16, padded = p.keys.padded_lines;
-    const float sum = strip_lines<true, kTableBlocks<D>>(
+    const float sum = strip_lines<true, kTableBlocks<T, D>>(
         p, rows, q, first, stage, [&](int line, float x) { at(line, row) = from_float<Factor<T>>(x); });
     for (int line = p.shape.outer_keys() + part; line < padded + p.keys.lines; line += 2)
       at(line, row) = from_float<Factor<T>>(line < padded ? -INFINITY : 0.f);  // no lines; class tokens
@@ -193,8 +193,8 @@ struct StripBias {
     const int lane = threadIdx.x % 32, strip = static_cast<int>(afresh(first));
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
-      strip_factors<T, kTableBlocks<D>>(p, kW, keys, rows, q, strip,
-                                        [&](int, int row, int key, float x) { stage[row * kLd + key] = x; });
+      strip_factors<T, kTableBlocks<T, D>>(p, kW, keys, rows, q, strip,
+                                           [&](int, int row, int key, float x) { stage[row * kLd + key] = x; });
       __syncwarp();
     }
 #pragma unroll

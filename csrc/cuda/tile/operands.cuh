@@ -11,6 +11,7 @@
 // tensor cores cut sums off instead of rounding them, which over many steps is more than float32 allows.
 #pragma once
 #include "../../plan_attention.h"
+#include "long_sum.cuh"
 #include "row_steps.cuh"
 
 namespace relpos {
@@ -190,9 +191,8 @@ template <bool SWAPPED = false, typename T>
 __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<T>& a, const OperandB<T>& b) {
   mma_m16n8k16<T>(acc, a.pairs, b.pairs);
 }
-template <bool SWAPPED = false>
-__device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<float>& a, const OperandB<float>& b) {
-  float sum[4] = {};
+template <bool SWAPPED>
+__device__ __forceinline__ void multiply_parts(float (&sum)[4], const OperandA<float>& a, const OperandB<float>& b) {
 #pragma unroll
   for (int order = 2; order >= 0; --order)  // the small ones first
 #pragma unroll
@@ -200,8 +200,21 @@ __device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<float>&
       const int of_a = SWAPPED ? order - n : n;
       mma_m16n8k16<__nv_bfloat16>(sum, a.pairs.part[of_a], b.pairs.part[order - of_a]);
     }
+}
+template <bool SWAPPED = false>
+__device__ __forceinline__ void multiply(float (&acc)[4], const OperandA<float>& a, const OperandB<float>& b) {
+  float sum[4] = {};
+  multiply_parts<SWAPPED>(sum, a, b);
 #pragma unroll
   for (int e = 0; e < 4; ++e) acc[e] += sum[e];
+}
+__device__ __forceinline__ void multiply(LongSum (&acc)[4], const OperandA<float>& a, const OperandB<float>& b) {
+  float sum[4];
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sum[e] = acc[e].missing;
+  multiply_parts<false>(sum, a, b);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) acc[e].settle(sum[e]);
 }
 
 // ---- products of a warp's strips of 16 rows
@@ -263,8 +276,8 @@ struct StripRows {
 };
 
 // acc[s] += weights[s], times rows b_row .. of b, in blocks of 8 as there
-template <typename T, int D, int STRIPS, int BLOCKS>
-__device__ __forceinline__ void add_weighted(float (&acc)[STRIPS][D / 8][4], const float (&weights)[STRIPS][BLOCKS][4],
+template <typename Acc, typename T, int D, int STRIPS, int BLOCKS>
+__device__ __forceinline__ void add_weighted(Acc (&acc)[STRIPS][D / 8][4], const float (&weights)[STRIPS][BLOCKS][4],
                                              const Tile<T, D>& b, int b_row, int width, int next = 8) {
 #pragma unroll
   for (int j = 0; j < BLOCKS; j += 2) {

@@ -13,9 +13,8 @@ constexpr float kNoneYet = -1e30f;  // below every score but -inf, from which it
 // STRIPS of 16 queries, PART blocks of 8 keys at a time.
 template <typename T, int D, int STRIPS, int PART, bool ONE_LINE>
 struct OnlineSoftmax {
-  float out[STRIPS][D / 8][4] = {};
+  Sum<T> out[STRIPS][D / 8][4] = {}, sum[STRIPS][2] = {};
   float reference[STRIPS][2];  // a power of two
-  LongSum<T> sum[STRIPS][2];
 
   __device__ __forceinline__ OnlineSoftmax() {
 #pragma unroll
@@ -37,7 +36,7 @@ struct OnlineSoftmax {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           score[s][j][e] = exp2_approx(fmaf(score[s][j][e], p.to_powers, line[s][j][e / 2] - reference[s][e / 2]));
-          sum[s][e / 2].add(score[s][j][e]);
+          sum[s][e / 2] += score[s][j][e];
         }
   }
 
@@ -72,7 +71,7 @@ struct OnlineSoftmax {
         for (int d = 1; d < 4; d *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
         const float shrink = exp2_approx(reference[s][half] - x);
         reference[s][half] = x;
-        sum[s][half].scale(shrink);
+        sum[s][half] *= shrink;
 #pragma unroll
         for (int d = 0; d < D / 8; ++d) out[s][d][2 * half] *= shrink, out[s][d][2 * half + 1] *= shrink;
       }
@@ -84,7 +83,7 @@ struct OnlineSoftmax {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float total = sum[s][half].sum;
+      float total = sum[s][half];
       for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
       const int m = first + lane / 4 + half * 8;
       if (p.lse && lane % 4 == 0 && m < block.count)
