@@ -48,8 +48,8 @@ constexpr int kernel_head_dim(int D, int bytes) {
   return D <= 64 ? 64 : bytes == 4 && D > 96 ? 128 : round_up(D, 16);
 }
 
-// Blocks of keys at most in a tile of a kernel; float32 takes more registers per block.
-constexpr int most_key_blocks(int bytes, int D) { return bytes == 2 ? kMaxKeyBlocks : D <= 80 ? 4 : 2; }
+// Blocks of keys at most in a tile of a kernel; float32 takes more shared memory per block.
+constexpr int most_key_blocks(int bytes, int D) { return bytes == 2 ? kMaxKeyBlocks : D <= 64 ? 4 : 2; }
 
 // Strips of 16 rows that stay with a warp, of the forward or of the keys: two share what passes.
 constexpr int strips_of(int bytes, int D) { return bytes == 2 && D <= 80 ? 2 : 1; }
@@ -77,6 +77,8 @@ static_assert(sizeof(BlockPlace) <= kPlaceBytes && sizeof(SpanRows) <= kSpanByte
 
 // Elements from one row of a tile in shared memory to the next.
 RELPOS_HD constexpr int tile_ld(int D, int bytes) { return D + 16 / bytes; }
+// The same of float32 in three parts of bfloat16, side by side.
+RELPOS_HD constexpr int split_ld(int D) { return 3 * D + 8; }
 
 // Floats from the line gradients of one key to the next: lanes that read a query's are in different banks.
 RELPOS_HD constexpr int dlines_ld(int block_rows) { return block_rows + 1; }

@@ -16,16 +16,25 @@ struct KeysPass {
   static constexpr int64_t largest = kPlaceBytes + kSpanBytes, rows = largest + kMostRows * 4;
   static constexpr int64_t keys = rows + kMostRows * static_cast<int64_t>(sizeof(Coordinates));
 };
+// Two stages of keys and values; in float32 one, and their parts.
+RELPOS_HD constexpr int64_t key_stages_bytes(int keys, int D, int bytes) {
+  const int64_t row = int64_t{tile_ld(D, bytes)} * bytes;
+  return 2 * keys * (bytes == 4 ? row + split_ld(D) * 2 : kKeyStages * row);
+}
+// A row of queries, as products read it.
+RELPOS_HD constexpr int64_t product_row_bytes(int D, int bytes) {
+  return bytes == 4 ? split_ld(D) * int64_t{2} : tile_ld(D, bytes) * int64_t{bytes};
+}
 struct AttentionFwdShared : KeysPass<2> {
   int64_t q, lines, total;
 };
 RELPOS_HD inline AttentionFwdShared attention_fwd_shared(const Shape& s, const KeyTiling& tiling, int block_rows, int D,
                                                          int bytes) {
-  const int64_t stages = int64_t{2} * kKeyStages * tiling.keys() * tile_ld(D, bytes) * bytes;
+  const int64_t stages = key_stages_bytes(tiling.keys(), D, bytes);
   const int64_t staged = int64_t{block_rows} / strips_of(bytes, D) * tiling.staged * 4;
   AttentionFwdShared at{};
   at.q = at.keys + (stages > staged ? stages : staged);
-  at.lines = at.q + int64_t{block_rows} * tile_ld(D, bytes) * bytes;
+  at.lines = at.q + block_rows * product_row_bytes(D, bytes);
   at.total = at.lines + line_factors(tiling) * block_rows * bytes;
   return at;
 }
@@ -94,12 +103,12 @@ struct AttentionBwdQueriesShared : KeysPass<1> {
 RELPOS_HD inline AttentionBwdQueriesShared attention_bwd_queries_shared(const Shape& s, const KeyTiling& tiling,
                                                                         int block_rows, int D, int bytes) {
   const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
-  const int64_t stages = 2 * kKeyStages * tiling.keys() * ld;
+  const int64_t stages = key_stages_bytes(tiling.keys(), D, bytes);
   const int64_t staged = block_rows * (int64_t{tiling.staged} * 4 + ld);  // and 16 table rows per warp
   AttentionBwdQueriesShared at{};
   at.q = at.keys + (stages > staged ? stages : staged);
-  at.grad = at.q + block_rows * ld;
-  at.lines = at.grad + block_rows * ld;
+  at.grad = at.q + block_rows * product_row_bytes(D, bytes);
+  at.lines = at.grad + block_rows * product_row_bytes(D, bytes);
   at.dlines = at.lines + round_up<int64_t>(line_factors(tiling) * block_rows * bytes, 16);
   at.total = at.dlines + int64_t{tiling.padded_lines} * dlines_ld(block_rows) * 4;
   return at;
@@ -143,16 +152,21 @@ RELPOS_HD constexpr int statistics_of(int bytes) { return bytes == 4 ? 2 : 1; }
 RELPOS_HD inline int64_t padded_queries(const Shape& s) { return round_up<int64_t>(s.M(), 4); }
 
 // Queries that pass the keys that stay, at a time.
-RELPOS_HD constexpr int query_tile(int bytes) { return bytes == 2 ? 64 : 32; }
+RELPOS_HD constexpr int query_tile(int bytes) { return bytes == 2 ? 64 : 16; }
 
-// A stage begins with what has the same place for every problem; its lines come last.
+// A stage begins with what has the same place for every problem; its lines come last. In float32 there is one place
+// where q and grad of a tile arrive, and one for their parts: before both stages.
 struct QueryStageOffsets {
-  int64_t grad, statistics, columns;  // q: 0
+  int64_t grad, statistics, columns;  // from the begin of a stage; q: 0
+  int64_t part_of_q, part_of_grad;    // as grad and q, from the begin of all, as are the stages
 
   RELPOS_HD constexpr QueryStageOffsets(int D, int bytes)
       : grad(int64_t{query_tile(bytes)} * tile_ld(D, bytes) * bytes),
-        statistics(2 * grad),
-        columns(statistics + int64_t{statistics_of(bytes)} * query_tile(bytes) * 4) {}
+        statistics(bytes == 2 ? 2 * grad : 0),
+        columns(statistics + int64_t{statistics_of(bytes)} * query_tile(bytes) * 4),
+        part_of_q(2 * grad),
+        part_of_grad(part_of_q + query_tile(bytes) * product_row_bytes(D, bytes)) {}
+  RELPOS_HD constexpr int64_t stages(int bytes) const { return bytes == 2 ? 0 : 2 * part_of_grad - part_of_q; }
 };
 constexpr int64_t kKeysBlockBytes = 128;
 // Lines of keys at most that a block of slots has a part of.
@@ -161,23 +175,23 @@ RELPOS_HD inline int lines_at_most(const KeySlots& slots, int block_keys) {
   return lines < block_keys / 8 ? lines : block_keys / 8;
 }
 struct AttentionBwdKeysShared {
-  static constexpr int64_t stages = kKeysBlockBytes;
   int64_t k, v, total;
   int lines, bytes_of_stage;  // the former from the begin of a stage
   int column_blocks, column_ld;
 };
 RELPOS_HD inline AttentionBwdKeysShared attention_bwd_keys_shared(const Shape& s, int block_keys, int D, int bytes) {
-  const int64_t ld = int64_t{tile_ld(D, bytes)} * bytes;
+  const int64_t keys = block_keys * product_row_bytes(D, bytes);
+  const QueryStageOffsets of_stage(D, bytes);
   const KeySlots slots(s);
   AttentionBwdKeysShared at{};
   at.column_blocks = (slots.line < block_keys ? slots.line : block_keys) / 8;
   at.column_ld = 8 * at.column_blocks + (bytes == 2 && at.column_blocks % 2 ? 0 : 16 / bytes);
   const int queries = query_tile(bytes);
-  at.lines = static_cast<int>(QueryStageOffsets(D, bytes).columns) + queries * at.column_ld * bytes;
+  at.lines = static_cast<int>(of_stage.columns) + queries * at.column_ld * bytes;
   at.bytes_of_stage = at.lines + lines_at_most(slots, block_keys) * queries * 4;
-  at.k = at.stages + 2 * int64_t{at.bytes_of_stage};
-  at.v = at.k + block_keys * ld;
-  at.total = at.v + block_keys * ld;
+  at.k = kKeysBlockBytes + of_stage.stages(bytes) + 2 * int64_t{at.bytes_of_stage};
+  at.v = at.k + keys;
+  at.total = at.v + keys;
   return at;
 }
 

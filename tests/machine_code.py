@@ -102,10 +102,8 @@ class Kernel:
 
     @property
     def loads_matrices(self) -> bool:
-        """float32 is split into parts on its way from shared memory, and the logits op asks for q pair by pair."""
-        if self.attention:
-            return " float32" not in str(self)
-        return self.tensor_cores and not str(self).startswith("logits_fwd")
+        """The logits op asks for q pair by pair."""
+        return self.attention or self.tensor_cores and not str(self).startswith("logits_fwd")
 
     @property
     def copies_to_shared(self) -> bool:

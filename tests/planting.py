@@ -57,7 +57,7 @@ SLIPS = [
     ("table_grad.cuh", "begin + of_axis.per_split", "queries"),
     ("table_grad.cuh", "p.shape.prefix + (above * axis.queries + block.c) * inner + below", "below"),
     ("tile/long_sum.cuh", "x - (next - sum)", "0.f"),
-    ("tile/operands.cuh", "acc[e].missing", "0.f"),
+    ("tile/split.cuh", "acc[e].missing", "0.f"),
 ]
 
 

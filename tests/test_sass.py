@@ -39,7 +39,7 @@ TILES = {
     if t != "float32"
     for d in dims
 }
-TILES |= {("float32", d): ("4" if d <= 80 else "2",) for d in sass.HEAD_DIMS["float32"] if d != 112}
+TILES |= {("float32", d): ("4" if d <= 64 else "2",) for d in sass.HEAD_DIMS["float32"] if d != 112}
 KERNELS |= {
     *(
         f"attention_{name} {t} {d} {k}"

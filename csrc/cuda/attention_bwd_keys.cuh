@@ -12,7 +12,8 @@
 //   grid     (groups * ceil(slots / block slots)); slots of keys: shared_attention.h.
 //   thread   lane 4 g + t of a warp: keys g and g + 8 of each strip, queries 2t and 2t + 1 of each block of 8.
 //   shared   where the block works; two stages of q, grad and the factors of a tile of queries; k and v of the block.
-//   barriers one when it is known where; one per tile: it has arrived, and the one before is done with.
+//   barriers one when it is known where; one per tile: it has arrived, and the one before is done with; in float32 one
+//            more: it has been split.
 #pragma once
 #include "tile/slots.cuh"
 
@@ -21,7 +22,7 @@ namespace relpos {
 // A tile of queries that passes, with everything about them.
 template <typename T, int D>
 struct QueryTile {
-  Tile<T, D> q, grad;
+  ProductTile<T, D> q, grad;
   Factor<T>* columns;  // [queries, column_ld]
   int column_ld;
   float *lines, *statistics;  // [lines, queries], [delta and, for float32, what p is to be multiplied by, queries]
@@ -31,14 +32,22 @@ struct QueryTile {
 template <typename T, int D>
 struct QueryStage : QueryTile<T, D> {
   static constexpr int kQueries = query_tile(sizeof(T)), kChunk = kVector<T>;
+  static constexpr bool kSplit = sizeof(T) == 4;
   static constexpr QueryStageOffsets kAt{D, sizeof(T)};
+  Tile<T, D> arriving_q, arriving_grad;
   using QueryTile<T, D>::q, QueryTile<T, D>::grad, QueryTile<T, D>::columns, QueryTile<T, D>::column_ld;
   using QueryTile<T, D>::lines, QueryTile<T, D>::statistics;
 
   __device__ __forceinline__ QueryStage(unsigned char* shared, const AttentionBwdKeysShared& at, int stage) {
-    unsigned char* begin = shared + at.stages + stage * at.bytes_of_stage;
-    q.data = reinterpret_cast<T*>(begin);
-    grad.data = reinterpret_cast<T*>(begin + kAt.grad);
+    unsigned char *all = shared + kKeysBlockBytes, *begin = all + kAt.stages(sizeof(T)) + stage * at.bytes_of_stage;
+    unsigned char* arriving = kSplit ? all : begin;
+    arriving_q.data = reinterpret_cast<T*>(arriving), arriving_grad.data = reinterpret_cast<T*>(arriving + kAt.grad);
+    if constexpr (kSplit) {
+      q.data = reinterpret_cast<__nv_bfloat16*>(all + kAt.part_of_q);
+      grad.data = reinterpret_cast<__nv_bfloat16*>(all + kAt.part_of_grad);
+    } else {
+      q = arriving_q, grad = arriving_grad;
+    }
     statistics = reinterpret_cast<float*>(begin + kAt.statistics);
     columns = reinterpret_cast<Factor<T>*>(begin + kAt.columns);
     column_ld = at.column_ld;
@@ -53,11 +62,17 @@ struct QueryStage : QueryTile<T, D> {
     for (int row = threadIdx.x / 2; row < kQueries; row += blockDim.x / 2) {
       const bool exists = row < left;
       const int64_t m = exists ? m0 + row : 0;
-      copy_row(q, row, p.shape.D, all_q + m * p.q.row, exists);
-      copy_row(grad, row, p.shape.D, all_grad + m * p.grad.row, exists);
+      copy_row(arriving_q, row, p.shape.D, all_q + m * p.q.row, exists);
+      copy_row(arriving_grad, row, p.shape.D, all_grad + m * p.grad.row, exists);
     }
     copy_columns(p, block.slots, static_cast<const Factor<T>*>(block.columns), m0, left);
     copy_lines(block.lines, block.statistics, block.slots.lines, m0, round_up(block.M, 4));
+  }
+
+  // By all threads, of what has arrived.
+  __device__ __forceinline__ void split_queries() const {
+    split_tile(q, kQueries, arriving_q);
+    split_tile(grad, kQueries, arriving_grad);
   }
 
   __device__ __forceinline__ void copy_columns(const AttentionBwdParams& p, const SlotBlock block,
@@ -90,6 +105,7 @@ struct QueryStage : QueryTile<T, D> {
 // A warp's strips of 16 keys; PART blocks of 8 queries at a time.
 template <typename T, int D, int STRIPS, int PART>
 struct AttentionBwdKeys {
+  using Rows = ProductTile<T, D>;
   const AttentionBwdParams& p;
   int first;  // of the warp's keys in the block
   float dk[STRIPS][D / 8][4] = {}, dv[STRIPS][D / 8][4] = {};
@@ -130,13 +146,13 @@ struct AttentionBwdKeys {
 
   // Queries `begin` .. of a tile; also(ds), as their products lie in registers.
   template <typename Blocks, typename F>
-  __device__ __forceinline__ void absorb(const Blocks& blocks, const QueryTile<T, D>& tile, int begin,
-                                         const Tile<T, D>& k, const Tile<T, D>& v, int statistics_ld, F&& also) {
+  __device__ __forceinline__ void absorb(const Blocks& blocks, const QueryTile<T, D>& tile, int begin, const Rows& k,
+                                         const Rows& v, int statistics_ld, F&& also) {
     float score[STRIPS][PART][4], dp[STRIPS][PART][4] = {};
     start(score, blocks, tile, begin);
     // Swapped: the scores of attention_bwd_queries.cuh to the last bit.
-    add_products<true>(score, StripRows<T, D, 0>(k, first), tile.q, begin, p.shape.D);
-    add_products(dp, StripRows<T, D, 0>(v, first), tile.grad, begin, p.shape.D);
+    add_products<true>(score, StripRows<Rows, 0>(k, first), tile.q, begin, p.shape.D);
+    add_products(dp, StripRows<Rows, 0>(v, first), tile.grad, begin, p.shape.D);
 #pragma unroll
     for (int j = 0; j < PART; ++j) {
       const int m = begin + j * 8 + threadIdx.x % 4 * 2;
@@ -167,7 +183,9 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
   constexpr int kQueries = query_tile(sizeof(T));
   RELPOS_DYNAMIC_SHARED(shared);
   const AttentionBwdKeysShared& at = p.at_keys;
-  const Tile<T, D> k{reinterpret_cast<T*>(shared + at.k)}, v{reinterpret_cast<T*>(shared + at.v)};
+  using Rows = ProductTile<T, D>;
+  const Rows k{reinterpret_cast<decltype(Rows::data)>(shared + at.k)};
+  const Rows v{reinterpret_cast<decltype(Rows::data)>(shared + at.v)};
 
   KeysBlock& block = *reinterpret_cast<KeysBlock*>(shared);
   if (threadIdx.x == 0) block.fill<T>(p);
@@ -182,6 +200,10 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_keys_k
     cp_async_wait<0>();
     __syncthreads();  // the tile is there, and the one before is done with
     const int which = m / kQueries & 1;
+    if constexpr (sizeof(T) == 4) {
+      if (m >= 0) QueryStage<T, D>(shared, at, which).split_queries();
+      __syncthreads();  // its parts are there, and it may be overwritten
+    }
     if (m + kQueries < M) QueryStage<T, D>(shared, at, 1 - which).copy(p, block, m + kQueries);
     cp_async_commit();
     if (m < 0) continue;

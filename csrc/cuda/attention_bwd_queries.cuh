@@ -19,16 +19,16 @@ struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && 
   static constexpr bool kLineInTile = ONE_LINE && D <= 96;
   using Sums = QueryGradients<T, D, BLOCKS, ONE_LINE, kLineInTile>;
   using Sums::Sums, Sums::p, Sums::block, Sums::bias, Sums::delta, Sums::offset, Sums::dq;
+  using Rows = ProductTile<T, D>;
   // What there are registers for: q and grad stay there, or are read again for every tile.
-  using RowsOfQ = StripRows<T, D, sizeof(T) == 2 && D <= 80>;
-  using RowsOfGrad = StripRows<T, D, sizeof(T) == 2 && D <= 64>;
+  using RowsOfQ = StripRows<Rows, sizeof(T) == 2 && D <= 80>;
+  using RowsOfGrad = StripRows<Rows, sizeof(T) == 2 && D <= 64>;
 
   // float32: lse and out are rounded, and what cancels in the formula would not cancel. So both are summed anew.
   Sum<T> total[2] = {}, weighted[2] = {};
   float factor[2] = {1.f, 1.f};  // of p
   __device__ __forceinline__ void measure(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                          const RowsOfQ& q, const RowsOfGrad& grad, const Tile<T, D>& k,
-                                          const Tile<T, D>& v) {
+                                          const RowsOfQ& q, const RowsOfGrad& grad, const Rows& k, const Rows& v) {
     float weight[1][kPart][4], dp[1][kPart][4];
     weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
 #pragma unroll
@@ -55,9 +55,8 @@ struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && 
 
   // p and <grad, v> of blocks `begin` .. of a tile.
   __device__ __forceinline__ void weigh(const Span& span, int tile, int begin, const LineFactors<T>& lines,
-                                        const RowsOfQ& q, const RowsOfGrad& grad, const Tile<T, D>& k,
-                                        const Tile<T, D>& v, float (&weight)[1][kPart][4],
-                                        float (&dp)[1][kPart][4]) const {
+                                        const RowsOfQ& q, const RowsOfGrad& grad, const Rows& k, const Rows& v,
+                                        float (&weight)[1][kPart][4], float (&dp)[1][kPart][4]) const {
     float line[kPart][2];
     bias.start(p, lines, span, tile, begin, weight[0], line);
     add_products(weight, q, k, begin * 8, p.shape.D);
@@ -74,7 +73,7 @@ struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && 
 
   __device__ __forceinline__ void absorb(const Span& span, int tile, int begin, const LineFactors<T>& lines,
                                          const LineGradients& dlines, const RowsOfQ& q, const RowsOfGrad& grad,
-                                         const Tile<T, D>& k, const Tile<T, D>& v) {
+                                         const Rows& k, const Rows& v) {
     float weight[1][kPart][4], dp[1][kPart][4];
     weigh(span, tile, begin, lines, q, grad, k, v, weight, dp);
     this->find_ds(begin, weight[0], dp[0]);
@@ -86,11 +85,12 @@ struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && 
 template <typename T, int D, int BLOCKS, bool ONE_LINE>
 __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_queries_kernel(const AttentionBwdParams p) {
   using Warp = AttentionBwdQueries<T, D, BLOCKS, ONE_LINE>;
+  using Rows = typename Warp::Rows;
   RELPOS_DYNAMIC_SHARED(shared);
   const AttentionBwdQueriesShared& at = p.at_queries;
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
-  const auto q = [&] { return Tile<T, D>{reinterpret_cast<T*>(shared + afresh(at.q))}; };
-  const auto grad = [&] { return Tile<T, D>{reinterpret_cast<T*>(shared + afresh(at.grad))}; };
+  const auto q = [&] { return Rows{reinterpret_cast<decltype(Rows::data)>(shared + afresh(at.q))}; };
+  const auto grad = [&] { return Rows{reinterpret_cast<decltype(Rows::data)>(shared + afresh(at.grad))}; };
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
   const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
                              reinterpret_cast<float*>(shared + at.largest)};
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
   mine.begin(q(), lines, stage());
   SpanRows& span = *reinterpret_cast<SpanRows*>(shared + kPlaceBytes);
   const auto in_parts = [&](auto&& work) {
-    return [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+    return [&](int tile, const Rows& k, const Rows& v) {
       for_each_part<BLOCKS, Warp::kPart, ONE_LINE>(p, block, mine.bias.first, span, tile,
                                                    [&](int begin) { work(tile, begin, k, v); });
     };
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
     own_q.hold(q()), own_grad.hold(grad());
   };
   if constexpr (sizeof(T) == 4) {
-    const auto measure = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
+    const auto measure = [&](int tile, int begin, const Rows& k, const Rows& v) {
       mine.measure(span, tile, begin, lines, own_q, own_grad, k, v);
     };
     keys.for_each_tile(p, block, span, begin_span, in_parts(measure), [](const Span&) {});
@@ -140,13 +140,13 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_querie
     begin_span(span);
     if (p.columns && span.of_lines) mine.write_columns(span);
   };
-  const auto absorb = [&](int tile, int begin, const Tile<T, D>& k, const Tile<T, D>& v) {
+  const auto absorb = [&](int tile, int begin, const Rows& k, const Rows& v) {
     mine.absorb(span, tile, begin, lines, dlines, own_q, own_grad, k, v);
   };
   const auto end_span = [&](const Span&) {
     if (span.of_lines) mine.end_span(span, stage(), table_rows());
   };
-  const auto absorb_tile = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+  const auto absorb_tile = [&](int tile, const Rows& k, const Rows& v) {
     in_parts(absorb)(tile, k, v);
     mine.end_tile(span, tile, dlines);
   };

@@ -140,8 +140,8 @@ struct WindowStrip {
   __device__ __forceinline__ float fill_columns(int row, int part) const {
     const int keys_w = p.shape.axis[kW].keys;
     float* of_row = stage() + (row - first) * kStageLd;
-    strip_factors<T, kBlocks>(p, kW, {0, keys_w}, tiles.rows, tiles.q, first,
-                              [&](int, int to, int key, float x) { stage()[to * kStageLd + key] = x; });
+    strip_factors<kBlocks>(p, kW, {0, keys_w}, tiles.rows, tiles.q, first,
+                           [&](int, int to, int key, float x) { stage()[to * kStageLd + key] = x; });
     __syncwarp();
     const bool exists = row < place.count;
     float largest = -INFINITY;

@@ -13,7 +13,8 @@
 //   grid     (groups * ceil(M / block_rows)), the blocks of a group next to each other: they share its keys in L2.
 //   thread   lane 4 g + t of a warp: queries g and g + 8 of each strip, columns 2t and 2t + 1 of each block of 8.
 //   shared   coordinates and q of the block; two stages of k and v, before them the column factors; line factors.
-//   barriers one per tile: it has arrived, and the one before is done with. One more before a span overwrites all.
+//   barriers one per tile: it has arrived, and the one before is done with; in float32 one more: it has been split. One
+//            more before a span overwrites all.
 #pragma once
 #include "tile/softmax.cuh"
 
@@ -30,7 +31,8 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   RELPOS_DYNAMIC_SHARED(shared);
   const AttentionFwdShared& at = p.at;
   Coordinates* rows = reinterpret_cast<Coordinates*>(shared + at.rows);
-  const auto q = [&] { return Tile<T, D>{reinterpret_cast<T*>(shared + afresh(at.q))}; };
+  using Rows = ProductTile<T, D>;
+  const auto q = [&] { return Rows{reinterpret_cast<decltype(Rows::data)>(shared + afresh(at.q))}; };
   const KeyStages<T, D, BLOCKS> keys{reinterpret_cast<T*>(shared + at.keys)};
   const LineFactors<T> lines{reinterpret_cast<Factor<T>*>(shared + at.lines), p.block_rows,
                              reinterpret_cast<float*>(shared + at.largest)};
@@ -54,7 +56,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
     lines.fill(p, rows, q(), bias[s].first, stage());
   }
   SpanRows& span = *reinterpret_cast<SpanRows*>(shared + kPlaceBytes);
-  StripRows<T, D, kHeld> queries(q(), first);
+  StripRows<Rows, kHeld> queries(q(), first);
   const auto begin_span = [&](const Span&) {
 #pragma unroll
     for (int s = 0; s < kStrips; ++s) {
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
     }
     queries.hold(q());
   };
-  const auto absorb = [&](int tile, const Tile<T, D>& k, const Tile<T, D>& v) {
+  const auto absorb = [&](int tile, const Rows& k, const Rows& v) {
     for_each_part<BLOCKS, kPart, ONE_LINE>(p, block, first, span, tile, [&](int begin) {
       float score[kStrips][kPart][4], line[kStrips][kPart][2];
 #pragma unroll
@@ -76,8 +78,10 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
   };
   keys.for_each_tile(p, block, span, begin_span, absorb, [](const Span&) {});
 #pragma unroll
-  for (int s = 0; s < kStrips; ++s)
-    mine.store(p, block, s, static_cast<int>(afresh(first + s * 16)), lines.largest, q());
+  for (int s = 0; s < kStrips; ++s) {
+    const int strip = static_cast<int>(afresh(first + s * 16));
+    mine.store(p, block, s, strip, lines.largest, in_place_of(q(), strip));
+  }
 }
 
 }  // namespace relpos

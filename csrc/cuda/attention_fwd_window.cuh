@@ -25,7 +25,7 @@ struct AttentionFwdWindow {
   using Bias = StripBias<T, LINE_BLOCKS, false>;
   using Softmax = OnlineSoftmax<T, D, 1, kBlocks, false>;
   using At = AttentionFwdWindowShared;
-  using Queries = StripRows<T, D, D <= 80>;  // as many as there are registers for
+  using Queries = StripRows<Tile<T, D>, D <= 80>;  // as many as there are registers for
   const AttentionFwdParams& p;
   unsigned char* shared;
   int first;  // of the queries of a pass: the warp's own

@@ -62,20 +62,22 @@ struct UsedRows {
 };
 
 // Blocks of 8 table rows that share operands of q, and a wait for memory: as many as there are registers for.
-template <typename T, int D>
-constexpr int kTableBlocks = D <= (sizeof(T) == 2 ? 96 : 80) ? 4 : 2;
+template <typename Rows>
+constexpr int kTableBlocks = Rows::kD <= (sizeof(typename Rows::Element) == 2 ? 96 : 80) ? 4 : 2;
 
 // put(half, row, i, factor) for every factor of a strip of 16 queries, `first` and on, and these keys that this lane
 // holds: row is lane / 4 + 8 half of the strip, i the number of the key among these.
-template <typename T, int BLOCKS, int D, typename F>
+template <int BLOCKS, typename Rows, typename F>
 __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, const KeyRange& keys,
-                                              const Coordinates* rows, const Tile<T, D>& q, int first, F&& put) {
+                                              const Coordinates* rows, const Rows& q, int first, F&& put) {
+  using T = typename Rows::Element;
+  constexpr int D = Rows::kD;
   constexpr int kAtOnce = sizeof(T) == 2 ? D / 16 : 1;  // steps: in half precision all, and those of the queries stay
   const int row = threadIdx.x % 32 / 4;
   OperandA<T> queries[kAtOnce];
   if constexpr (sizeof(T) == 2)
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) queries[i].template load_spread<kAtOnce>(q, first, i);
+    for (int i = 0; i < kAtOnce; ++i) queries[i].template load_spread<kAtOnce>(q, first, 0, i);
   const UsedRows used(p, a, keys, rows + first);
   for (int i0 = 0; i0 <= used.last; i0 += 8 * BLOCKS) {
     int key[BLOCKS * 4];
@@ -86,7 +88,7 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
       RowSteps<T, kAtOnce> table_rows[BLOCKS];
 #pragma unroll
       for (int n = 0; n < BLOCKS; ++n) table_rows[n].load(used.row<T>(p, i0 + n * 8 + row), step * 16, p.shape.D);
-      if constexpr (sizeof(T) == 4) queries[0].template load_spread<1>(Tile<T, D>{q.at(0, step * 16)}, first, 0);
+      if constexpr (sizeof(T) == 4) queries[0].template load_spread<1>(q, first, step * 16, 0);
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
 #pragma unroll
@@ -104,12 +106,12 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
 }
 
 // The largest of each of this lane's two queries over all keys of an axis; 0 if it has no bias.
-template <typename T, int D>
-__device__ __forceinline__ void largest_factors(const AttentionParams& p, int a, const Coordinates* rows,
-                                                const Tile<T, D>& q, int first, float (&largest)[2]) {
+template <typename Rows>
+__device__ __forceinline__ void largest_factors(const AttentionParams& p, int a, const Coordinates* rows, const Rows& q,
+                                                int first, float (&largest)[2]) {
   float most[2] = {-INFINITY, -INFINITY};
-  strip_factors<T, kTableBlocks<T, D>>(p, a, {0, p.shape.axis[a].keys}, rows, q, first,
-                                       [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
+  strip_factors<kTableBlocks<Rows>>(p, a, {0, p.shape.axis[a].keys}, rows, q, first,
+                                    [&](int half, int, int, float x) { most[half] = fmaxf(most[half], x); });
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     for (int x = 1; x < 4; x *= 2) most[half] = fmaxf(most[half], __shfl_xor_sync(~0u, most[half], x));
@@ -119,8 +121,8 @@ __device__ __forceinline__ void largest_factors(const AttentionParams& p, int a,
 
 // put(line, x) for every line of keys, by the two lanes (l and l + 16) of each query of a strip: x is what the line
 // adds, in powers of two. Returns the largest x there may be; with RELATIVE, x is below it. `stage`: the warp's own.
-template <bool RELATIVE, int BLOCKS, typename T, int D, typename F>
-__device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
+template <bool RELATIVE, int BLOCKS, typename Rows, typename F>
+__device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coordinates* rows, const Rows& q,
                                              int first, float* stage, F&& put) {
   const Shape& s = p.shape;
   const int row = threadIdx.x % 16, part = threadIdx.x % 32 / 16;
@@ -130,8 +132,8 @@ __device__ __forceinline__ float strip_lines(const AttentionParams& p, const Coo
     const Axis& axis = s.axis[a];
     float* of_axis = stage + (a == kH ? s.axis[kT].factors() * 16 : 0);
     if (axis.rows == 0) continue;
-    strip_factors<T, BLOCKS>(p, a, {0, axis.keys}, rows, q, first,
-                             [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x; });
+    strip_factors<BLOCKS>(p, a, {0, axis.keys}, rows, q, first,
+                          [&](int, int to, int key, float x) { of_axis[key * 16 + to] = x; });
     __syncwarp();
     if constexpr (RELATIVE) {
       float most = -INFINITY;
@@ -163,11 +165,11 @@ struct LineFactors {
   __device__ __forceinline__ Factor<T>& at(int line, int row) const { return data[line * ld + row]; }
 
   // By the warp of that strip; `stage`: its own.
-  template <int D>
-  __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Tile<T, D>& q,
-                                       int first, float* stage) const {
+  template <typename Rows>
+  __device__ __forceinline__ void fill(const AttentionParams& p, const Coordinates* rows, const Rows& q, int first,
+                                       float* stage) const {
     const int row = first + threadIdx.x % 16, part = threadIdx.x % 32 / 16, padded = p.keys.padded_lines;
-    const float sum = strip_lines<true, kTableBlocks<T, D>>(
+    const float sum = strip_lines<true, kTableBlocks<Rows>>(
         p, rows, q, first, stage, [&](int line, float x) { at(line, row) = from_float<Factor<T>>(x); });
     for (int line = p.shape.outer_keys() + part; line < padded + p.keys.lines; line += 2)
       at(line, row) = from_float<Factor<T>>(line < padded ? -INFINITY : 0.f);  // no lines; class tokens
@@ -186,15 +188,15 @@ struct StripBias {
   __device__ __forceinline__ int row(int half) const { return first + threadIdx.x % 32 / 4 + half * 8; }
 
   // Factors less `below`, of each of the lane's two queries; class tokens get `of_class`. `stage`: the warp's own.
-  template <int D>
+  template <typename Rows>
   __device__ __forceinline__ void fill_columns(const AttentionParams& p, const Span& span, const Coordinates* rows,
-                                               const Tile<T, D>& q, const float (&below)[2], const float (&of_class)[2],
+                                               const Rows& q, const float (&below)[2], const float (&of_class)[2],
                                                float* stage) {
     const int lane = threadIdx.x % 32, strip = static_cast<int>(afresh(first));
     if (span.of_lines) {
       const KeyRange keys{span.first, span.first + span.columns};
-      strip_factors<T, kTableBlocks<T, D>>(p, kW, keys, rows, q, strip,
-                                           [&](int, int row, int key, float x) { stage[row * kLd + key] = x; });
+      strip_factors<kTableBlocks<Rows>>(p, kW, keys, rows, q, strip,
+                                        [&](int, int row, int key, float x) { stage[row * kLd + key] = x; });
       __syncwarp();
     }
 #pragma unroll

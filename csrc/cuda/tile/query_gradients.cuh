@@ -36,9 +36,10 @@ struct QueryGradients {
     return lane % 16 < 8 ? upper : lower;
   }
 
-  __device__ __forceinline__ void begin(const Tile<T, D>& q, const LineFactors<T>& lines, float* stage) {
+  template <typename Rows>
+  __device__ __forceinline__ void begin(const Rows& q, const LineFactors<T>& lines, float* stage) {
     lines.fill(p, rows, q, bias.first, stage);
-    largest_factors<T>(p, kW, rows, q, bias.first, below);
+    largest_factors(p, kW, rows, q, bias.first, below);
     const float of_lane = sizeof(T) == 2 ? find_delta<T>(p, block, bias.first) : 0.f;  // float32: use_measured
 #pragma unroll
     for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(~0u, of_lane, 2 * (threadIdx.x % 32 / 4 + 8 * half));
@@ -119,7 +120,8 @@ struct QueryGradients {
     }
   }
 
-  __device__ __forceinline__ void begin_span(const Span& span, const LineFactors<T>& lines, const Tile<T, D>& q,
+  template <typename Rows>
+  __device__ __forceinline__ void begin_span(const Span& span, const LineFactors<T>& lines, const Rows& q,
                                              float* stage) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) offset[half] = offset_of(span.of_lines, lines, half);
@@ -149,13 +151,15 @@ struct QueryGradients {
                              [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
   }
 
+  template <typename Rows>
   __device__ __forceinline__ void end(const LineGradients& dlines, float* stage, const Tile<T, D>& table_rows,
-                                      const Tile<T, D>& q) {
+                                      const Rows& q) {
     end_lines<true>(p, block, rows, bias.first, dlines, stage, table_rows, dq);
     if (p.dq.data == nullptr) return;
     const int first = static_cast<int>(afresh(bias.first));
-    put_strip(q, first, dq[0], p.scale);
-    store_queries(q, first, p, block, p.dq);
+    const Tile<T, D> results = in_place_of(q, first);
+    put_strip(results, first, dq[0], p.scale);
+    store_queries(results, first, p, block, p.dq);
   }
 };
 

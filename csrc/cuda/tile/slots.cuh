@@ -73,6 +73,17 @@ __device__ __forceinline__ void copy_slots(const Tile<T, D>& to, const Attention
   });
 }
 
+// The same at once, in parts.
+template <int D>
+__device__ __forceinline__ void copy_slots(const SplitTile<D>& to, const AttentionParams& p, const InRows& from,
+                                           const KeysBlock& block) {
+  const float* data = rows_of<float>(block.place, from);
+  copy_parts(to, p.block_rows, p.shape.D, [&](int row) {
+    const int n = block.slots.token(p.shape, block.slots.first + row);
+    return n >= 0 ? data + n * from.row : nullptr;
+  });
+}
+
 // Where the factors of a tile of queries begin that the two blocks of 8 keys of each strip take.
 template <int STRIPS>
 struct KeyBlocks {
@@ -99,16 +110,18 @@ struct KeyBlocks {
 // The gradients of a warp's strips of keys, through its own rows, `first` and on, of a tile; token(slot of the block)
 // is -1 if there is none. No barrier comes before: a lane overwrites what it alone has read, as the operand a, or a
 // strip that the barrier of another has freed.
-template <typename T, int D, int STRIPS, typename F>
+template <typename Rows, int STRIPS, typename F>
 __device__ __forceinline__ void store_slots(const AttentionParams& p, const OutRows& to,
-                                            const float (&d)[STRIPS][D / 8][4], float factor, const Tile<T, D>& rows,
+                                            const float (&d)[STRIPS][Rows::kD / 8][4], float factor, const Rows& rows,
                                             int first, const BlockPlace& place, F&& token) {
+  using T = typename Rows::Element;
   if (to.data == nullptr) return;
   T* data = rows_of<T>(place, to);
 #pragma unroll
   for (int s = 0; s < STRIPS; ++s) {
-    put_strip(rows, first + s * 16, d[s], factor);
-    store_rows(rows, first + s * 16, 16, p.shape.D, [&](int row) {
+    const auto results = in_place_of(rows, first + s * 16);
+    put_strip(results, first + s * 16, d[s], factor);
+    store_rows(results, first + s * 16, 16, p.shape.D, [&](int row) {
       const int n = token(row);
       return n >= 0 ? data + n * to.row : nullptr;
     });

@@ -1,7 +1,7 @@
 // tokens.cuh - the queries of an attention block and its tiles of keys, on their way into shared memory.
 #pragma once
 #include "../../params.h"
-#include "operands.cuh"
+#include "products.cuh"
 
 namespace relpos {
 
@@ -68,6 +68,34 @@ __device__ __forceinline__ void copy_tokens(const Tile<T, D>& to, int rows, cons
             [&](int row) { return row < count ? group + (first + row) * from.row : nullptr; });
 }
 
+// Rows in parts, at once, by all threads; from(row) is where it lies, or null for zeros.
+template <int D, typename F>
+__device__ __forceinline__ void copy_parts(const SplitTile<D>& to, int rows, int width, F&& from) {
+#pragma unroll 4
+  for (int i = threadIdx.x; i < rows * (D / 4); i += blockDim.x) {
+    const int row = i / (D / 4), d = i % (D / 4) * 4;
+    const float* found = from(row);
+    const bool exists = found != nullptr && d < width;
+    to.set(row, d, exists ? *reinterpret_cast<const float4*>(found + d) : make_float4(0.f, 0.f, 0.f, 0.f));
+  }
+}
+template <int D>
+__device__ __forceinline__ void copy_tokens(const SplitTile<D>& to, int rows, const AttentionParams& p,
+                                            const BlockPlace& block, const InRows& from, int first, int count) {
+  const float* group = rows_of<float>(block, from);
+  copy_parts(to, rows, p.shape.D, [&](int row) { return row < count ? group + (first + row) * from.row : nullptr; });
+}
+
+// By all threads.
+template <int D>
+__device__ __forceinline__ void split_tile(const SplitTile<D>& to, int rows, const Tile<float, D>& from) {
+#pragma unroll 2
+  for (int i = threadIdx.x; i < rows * (D / 4); i += blockDim.x) {
+    const int row = i / (D / 4), d = i % (D / 4) * 4;
+    to.set(row, d, *reinterpret_cast<const float4*>(from.at(row, d)));
+  }
+}
+
 // The same by a warp, for its strip: queries `strip` .. of the block, into the rows of that number.
 template <typename T, int D>
 __device__ __forceinline__ void copy_strip(const Tile<T, D>& to, int strip, const AttentionParams& p,
@@ -114,6 +142,17 @@ __device__ __forceinline__ void put_strip(const Tile<T, D>& to, int first, const
       set_pair(to.at(first + lane / 4 + half * 8, d * 8 + lane % 4 * 2), x[d][2 * half] * factor,
                x[d][2 * half + 1] * factor);
   __syncwarp();
+}
+
+// Where results of a strip may lie when its queries are no longer needed: a tile, of which it has rows `first` and on.
+template <typename T, int D>
+__device__ __forceinline__ Tile<T, D> in_place_of(const Tile<T, D>& queries, int) {
+  return queries;
+}
+template <int D>
+__device__ __forceinline__ Tile<float, D> in_place_of(const SplitTile<D>& queries, int first) {
+  __syncwarp();  // the last operands have been read
+  return {reinterpret_cast<float*>(queries.part(0).at(first, 0)) - first * Tile<float, D>::kLd};
 }
 
 // ---- keys
@@ -177,13 +216,22 @@ __device__ __forceinline__ void copy_keys(const Tile<T, D>& k, const Tile<T, D>&
   }
 }
 
-// The tiles of a span pass through two stages: while one is worked on, the next is on its way.
+// The tiles of a span pass through two stages: while one is worked on, the next is on its way. The second stage of
+// float32 has the parts of what has arrived in the first.
 template <typename T, int D, int BLOCKS>
 struct KeyStages {
+  static constexpr bool kSplit = sizeof(T) == 4;
+  static constexpr int kRows = BLOCKS * 8, kTile = kRows * Tile<T, D>::kLd;
   T* data;
 
-  __device__ __forceinline__ Tile<T, D> get(int tile, int which) const {
-    return {data + (tile % kKeyStages * 2 + which) * BLOCKS * 8 * Tile<T, D>::kLd};
+  __device__ __forceinline__ Tile<T, D> arriving(int tile, int which) const {
+    return {data + (kSplit ? which : tile % kKeyStages * 2 + which) * kTile};
+  }
+  __device__ __forceinline__ ProductTile<T, D> get(int tile, int which) const {
+    if constexpr (kSplit)
+      return {reinterpret_cast<__nv_bfloat16*>(data + 2 * kTile) + which * kRows * SplitTile<D>::kLd};
+    else
+      return arriving(tile, which);
   }
   // For every span: begin(span) while the stages are free, work(tile, k, v) for every tile, end(span) when they are
   // free again; all by all threads. `span` is in shared memory.
@@ -200,7 +248,12 @@ struct KeyStages {
       for (int tile = -1; tile < tiles; ++tile) {
         cp_async_wait<0>();
         __syncthreads();  // the tile is there, and the one before is done with
-        if (tile + 1 < tiles) copy_keys<BLOCKS>(get(tile + 1, 0), get(tile + 1, 1), p, span, tile + 1);
+        if constexpr (kSplit) {
+          if (tile >= 0)
+            for (int which = 0; which < 2; ++which) split_tile(get(tile, which), kRows, arriving(tile, which));
+          __syncthreads();  // its parts are there, and it may be overwritten
+        }
+        if (tile + 1 < tiles) copy_keys<BLOCKS>(arriving(tile + 1, 0), arriving(tile + 1, 1), p, span, tile + 1);
         cp_async_commit();
         if (tile >= 0) work(tile, get(tile, 0), get(tile, 1));
       }
