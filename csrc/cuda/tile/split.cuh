@@ -15,9 +15,9 @@ constexpr int kParts = 3;
 __device__ __forceinline__ void split(float x, float y, uint32_t (&pairs)[kParts]) {
 #pragma unroll
   for (int n = 0; n < kParts; ++n) {
-    const __nv_bfloat162 two = __floats2bfloat162_rn(x, y);
-    memcpy(&pairs[n], &two, sizeof two);
-    x -= __low2float(two), y -= __high2float(two);
+    set_pair(reinterpret_cast<__nv_bfloat16*>(pairs + n), x, y);
+    const float2 two = unpack_pair<__nv_bfloat16>(pairs[n]);
+    x -= two.x, y -= two.y;
   }
 }
 

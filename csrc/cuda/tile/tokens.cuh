@@ -68,6 +68,16 @@ __device__ __forceinline__ void copy_tokens(const Tile<T, D>& to, int rows, cons
             [&](int row) { return row < count ? group + (first + row) * from.row : nullptr; });
 }
 
+// The same by a warp, for its strip: queries `strip` .. of the block, into the rows of that number.
+template <typename T, int D>
+__device__ __forceinline__ void copy_strip(const Tile<T, D>& to, int strip, const AttentionParams& p,
+                                           const BlockPlace& block, const InRows& from) {
+  const T* group = rows_of<T>(block, from);
+  copy_rows(Tile<T, D>{to.at(strip, 0)}, 16, p.shape.D, threadIdx.x % 32, 32, group, [&](int row) {
+    return strip + row < block.count ? group + (block.first + strip + row) * from.row : nullptr;
+  });
+}
+
 // Rows in parts, at once, by all threads; from(row) is where it lies, or null for zeros.
 template <int D, typename F>
 __device__ __forceinline__ void copy_parts(const SplitTile<D>& to, int rows, int width, F&& from) {
@@ -94,16 +104,6 @@ __device__ __forceinline__ void split_tile(const SplitTile<D>& to, int rows, con
     const int row = i / (D / 4), d = i % (D / 4) * 4;
     to.set(row, d, *reinterpret_cast<const float4*>(from.at(row, d)));
   }
-}
-
-// The same by a warp, for its strip: queries `strip` .. of the block, into the rows of that number.
-template <typename T, int D>
-__device__ __forceinline__ void copy_strip(const Tile<T, D>& to, int strip, const AttentionParams& p,
-                                           const BlockPlace& block, const InRows& from) {
-  const T* group = rows_of<T>(block, from);
-  copy_rows(Tile<T, D>{to.at(strip, 0)}, 16, p.shape.D, threadIdx.x % 32, 32, group, [&](int row) {
-    return strip + row < block.count ? group + (block.first + strip + row) * from.row : nullptr;
-  });
 }
 
 // Stores a warp's `rows` rows of a tile, as far as tokens exist, to out(row) (null: there is none), 16 bytes at a time.
