@@ -16,6 +16,7 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_bwd_keys.cuh: row < left -> true | cp_async_16": NOT_READ,
     "attention_bwd_keys.cuh: exists -> true | m0 + m": NOT_READ,
     "attention_bwd_keys.cuh: m + kQueries < M -> true": ONE_MORE_ROUND,
+    "attention_bwd_keys.cuh: m >= 0 -> true": OVERWRITTEN,
     "attention_bwd_keys_sm90.cuh: wgmma_wait<0>(flat(weight)) -> left out": WAITED_FOR,
     "attention_bwd_keys_sm90.cuh: part % kParts == kParts - 1 -> true": WIDER,
     "attention_bwd_keys_sm90.cuh: ends -> true": WIDER,
@@ -104,5 +105,6 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "tile/tokens.cuh: begin >= blocks -> false": DROPPED,
     "tile/tokens.cuh: first >= block.count -> false": DROPPED,
     "tile/tokens.cuh: found -> true": NOT_READ,
+    "tile/tokens.cuh: tile >= 0 -> true | split_keys": OVERWRITTEN,
     "tile/tokens.cuh: exists -> true | int64_t token": NOT_READ,
 }

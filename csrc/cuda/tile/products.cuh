@@ -47,7 +47,8 @@ __device__ __forceinline__ void add_products(float (&acc)[STRIPS][BLOCKS][4], A&
 template <typename Rows, int HELD>
 struct StripRows {
   using T = typename Rows::Element;
-  OperandA<T> held[HELD > 0 ? HELD : 1][Rows::kD / 16];
+  static constexpr int kSteps = Rows::kD / 16;
+  OperandA<T> held[HELD > 0 ? HELD : 1][kSteps];
   Rows tile;
   int row;
 
@@ -56,7 +57,7 @@ struct StripRows {
 #pragma unroll
     for (int s = 0; s < HELD; ++s)
 #pragma unroll
-      for (int step = 0; step < Rows::kD / 16; ++step) held[s][step].load(from, row + s * 16, step);
+      for (int step = 0; step < kSteps; ++step) held[s][step].load(from, row + s * 16, step);
   }
   __device__ __forceinline__ OperandA<T> operator()(int s, int step) const {
     if (s < HELD) return held[s][step];

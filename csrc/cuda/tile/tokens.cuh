@@ -233,6 +233,9 @@ struct KeyStages {
     else
       return arriving(tile, which);
   }
+  __device__ __forceinline__ void split_keys(int tile) const {
+    for (int which = 0; which < 2; ++which) split_tile(get(tile, which), kRows, arriving(tile, which));
+  }
   // For every span: begin(span) while the stages are free, work(tile, k, v) for every tile, end(span) when they are
   // free again; all by all threads. `span` is in shared memory.
   template <typename Begin, typename Work, typename End>
@@ -249,8 +252,7 @@ struct KeyStages {
         cp_async_wait<0>();
         __syncthreads();  // the tile is there, and the one before is done with
         if constexpr (kSplit) {
-          if (tile >= 0)
-            for (int which = 0; which < 2; ++which) split_tile(get(tile, which), kRows, arriving(tile, which));
+          if (tile >= 0) split_keys(tile);
           __syncthreads();  // its parts are there, and it may be overwritten
         }
         if (tile + 1 < tiles) copy_keys<BLOCKS>(arriving(tile + 1, 0), arriving(tile + 1, 1), p, span, tile + 1);
