@@ -10,11 +10,11 @@
 
 namespace relpos {
 
-constexpr int kParts = 3;
+constexpr int kSplitParts = 3;  // of a number
 
-__device__ __forceinline__ void split(float x, float y, uint32_t (&pairs)[kParts]) {
+__device__ __forceinline__ void split(float x, float y, uint32_t (&pairs)[kSplitParts]) {
 #pragma unroll
-  for (int n = 0; n < kParts; ++n) {
+  for (int n = 0; n < kSplitParts; ++n) {
     set_pair(reinterpret_cast<__nv_bfloat16*>(pairs + n), x, y);
     const float2 two = unpack_pair<__nv_bfloat16>(pairs[n]);
     x -= two.x, y -= two.y;
@@ -32,21 +32,21 @@ struct SplitTile {
   __device__ __forceinline__ Part part(int n) const { return {data + n * D}; }
   // Elements d .. d + 3 of a row.
   __device__ __forceinline__ void set(int row, int d, float4 x) const {
-    uint32_t left[kParts], right[kParts];
+    uint32_t left[kSplitParts], right[kSplitParts];
     split(x.x, x.y, left), split(x.z, x.w, right);
 #pragma unroll
-    for (int n = 0; n < kParts; ++n) *reinterpret_cast<uint2*>(part(n).at(row, d)) = {left[n], right[n]};
+    for (int n = 0; n < kSplitParts; ++n) *reinterpret_cast<uint2*>(part(n).at(row, d)) = {left[n], right[n]};
   }
 };
 
 template <>
 struct OperandA<float> {
-  OperandA<__nv_bfloat16> part[kParts];
+  OperandA<__nv_bfloat16> part[kSplitParts];
 
   template <int D>
   __device__ __forceinline__ void load(const SplitTile<D>& from, int row, int step) {
 #pragma unroll
-    for (int n = 0; n < kParts; ++n) part[n].load(from.part(n), row, step);
+    for (int n = 0; n < kSplitParts; ++n) part[n].load(from.part(n), row, step);
   }
   __device__ __forceinline__ void set(const float (&left)[4], const float (&right)[4]) {
 #pragma unroll
@@ -58,19 +58,19 @@ struct OperandA<float> {
   template <int STEPS, int D>
   __device__ __forceinline__ void load_spread(const SplitTile<D>& from, int row, int d, int step) {
 #pragma unroll
-    for (int n = 0; n < kParts; ++n) part[n].template load_spread<STEPS>(from.part(n), row, d, step);
+    for (int n = 0; n < kSplitParts; ++n) part[n].template load_spread<STEPS>(from.part(n), row, d, step);
   }
   __device__ __forceinline__ void set_pair_of(int i, float x, float y) {
-    uint32_t pairs[kParts];
+    uint32_t pairs[kSplitParts];
     split(x, y, pairs);
 #pragma unroll
-    for (int n = 0; n < kParts; ++n) part[n].pairs[i] = pairs[n];
+    for (int n = 0; n < kSplitParts; ++n) part[n].pairs[i] = pairs[n];
   }
 };
 
 template <>
 struct OperandB<float> {
-  OperandB<__nv_bfloat16> part[kParts];
+  OperandB<__nv_bfloat16> part[kSplitParts];
 
   __device__ __forceinline__ void set_row(const uint32_t (&row)[4]) {
     float x[4];
@@ -79,10 +79,10 @@ struct OperandB<float> {
     for (int i = 0; i < 2; ++i) set_pair_of(i, x[2 * i], x[2 * i + 1]);
   }
   __device__ __forceinline__ void set_pair_of(int i, float x, float y) {
-    uint32_t pairs[kParts];
+    uint32_t pairs[kSplitParts];
     split(x, y, pairs);
 #pragma unroll
-    for (int n = 0; n < kParts; ++n) part[n].pairs[i] = pairs[n];
+    for (int n = 0; n < kSplitParts; ++n) part[n].pairs[i] = pairs[n];
   }
 };
 
@@ -90,7 +90,7 @@ template <int D>
 __device__ __forceinline__ void load_transposed(OperandB<float> (&b)[2], const SplitTile<D>& from, int row, int step,
                                                 int next = 8) {
 #pragma unroll
-  for (int n = 0; n < kParts; ++n) {
+  for (int n = 0; n < kSplitParts; ++n) {
     OperandB<__nv_bfloat16> two[2];
     load_transposed(two, from.part(n), row, step, next);
     b[0].part[n] = two[0], b[1].part[n] = two[1];
@@ -101,7 +101,7 @@ template <int D>
 __device__ __forceinline__ void load_straight(OperandB<float> (&b)[2], const SplitTile<D>& from, int row, int block,
                                               int next = 8) {
 #pragma unroll
-  for (int n = 0; n < kParts; ++n) {
+  for (int n = 0; n < kSplitParts; ++n) {
     OperandB<__nv_bfloat16> two[2];
     load_straight(two, from.part(n), row, block, next);
     b[0].part[n] = two[0], b[1].part[n] = two[1];
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_straight(OperandB<float> (&b)[2], const Til
 template <bool SWAPPED>
 __device__ __forceinline__ void multiply_parts(float (&sum)[4], const OperandA<float>& a, const OperandB<float>& b) {
 #pragma unroll
-  for (int order = kParts - 1; order >= 0; --order)  // the small ones first
+  for (int order = kSplitParts - 1; order >= 0; --order)  // the small ones first
 #pragma unroll
     for (int n = 0; n <= order; ++n) {
       const int of_a = SWAPPED ? order - n : n;
