@@ -30,9 +30,8 @@ constexpr bool planted(int bug) { return !__builtin_is_constant_evaluated() && r
 """
 
 # Calls by themselves: what comes before is the end of another statement, or what this one depends on.
-BARRIER = re.compile(
-    r"(?:^|[;{})]|\belse)\s*\b(?P<name>\w*(?:sync|wait|fence|barrier|arrive|commit)\w*)(?:<[^<>;]+>)?\("
-)
+NAMES = r"\w*(?:sync|wait|fence|barrier|arrive|commit)\w*"
+BARRIER = re.compile(rf"(?:^|[;{{}})]|\belse)\s*\b(?P<name>{NAMES})(?:<[^<>;]+>)?\(")
 
 OPS = ("logits", "attention")  # what the .cu files begin with, and the tests
 LEFT_OUT = "left out"
