@@ -144,7 +144,7 @@ def test_two_processes(tmp_path: Path):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     processes = [subprocess.Popen(command, env=environment, cwd=Path(__file__).parent, **pipes) for command in commands]
     printed = [process.communicate(timeout=240) for process in processes]
-    ends = "\n".join(f"{process.returncode}: {err[-1000:]}" for process, (_, err) in zip(processes, printed, strict=True))
+    ends = "\n".join(f"{p.returncode}: {err[-1000:]}" for p, (_, err) in zip(processes, printed, strict=True))
     assert [process.returncode for process in processes] == [0] * PROCESSES, ends
     assert printed[0][0].splitlines() == [f"right: {name}" for name in CHECKS]
 
