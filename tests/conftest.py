@@ -49,6 +49,9 @@ def use_device(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if name == "emulated":
         emulator.use(monkeypatch)
         return "cpu"
+    if name == "pytorch":
+        use_pytorch(monkeypatch)
+        return "cpu"
     return name
 
 

@@ -52,10 +52,7 @@ SOME_MODELS = [
 @pytest.fixture(params=["cpu", "pytorch", "emulated", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """As that of conftest.py, and the PyTorch path on the CPU."""
-    if request.param != "pytorch":
-        return use_device(request.param, monkeypatch)
-    use_pytorch(monkeypatch)
-    return "cpu"
+    return use_device(request.param, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)

@@ -32,8 +32,10 @@ def roundings(got: torch.Tensor, exact: torch.Tensor) -> float:
     return miss(got, exact) / (exact.abs().max().item() * torch.finfo(torch.float32).eps)
 
 
-def test_attention_to_many_keys(device: str):
-    compare_attention(*many_keys(), torch.float32, device)
+@pytest.mark.parametrize("way", ["cpu", "pytorch", "emulated", "cuda"])
+def test_attention_to_many_keys(way: str, monkeypatch: pytest.MonkeyPatch):
+    problem, inputs = many_keys()
+    compare_attention(problem, inputs, torch.float32, use_device(way, monkeypatch))
 
 
 @pytest.mark.parametrize("gpu", ["emulated", "cuda"])

@@ -19,7 +19,7 @@ struct AttentionBwdQueries : QueryGradients<T, D, BLOCKS, ONE_LINE, ONE_LINE && 
   static constexpr bool kLineInTile = ONE_LINE && D <= 96;
   using Sums = QueryGradients<T, D, BLOCKS, ONE_LINE, kLineInTile>;
   using Sums::Sums, Sums::p, Sums::block, Sums::bias, Sums::delta, Sums::offset, Sums::dq;
-  using Rows = ProductTile<T, D>;
+  using typename Sums::Rows;
   // What there are registers for: q and grad stay there, or are read again for every tile.
   using RowsOfQ = StripRows<Rows, sizeof(T) == 2 && D <= 80>;
   using RowsOfGrad = StripRows<Rows, sizeof(T) == 2 && D <= 64>;

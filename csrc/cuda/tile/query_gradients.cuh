@@ -13,6 +13,7 @@ template <typename T, int D, int BLOCKS, bool ONE_LINE, bool LINE_IN_TILE>
 struct QueryGradients {
   static_assert(ONE_LINE || !LINE_IN_TILE);
   using Bias = StripBias<T, BLOCKS, ONE_LINE>;
+  using Rows = ProductTile<T, D>;
   const AttentionBwdParams& p;
   const BlockPlace& block;
   const Coordinates* rows;
@@ -36,7 +37,6 @@ struct QueryGradients {
     return lane % 16 < 8 ? upper : lower;
   }
 
-  template <typename Rows>
   __device__ __forceinline__ void begin(const Rows& q, const LineFactors<T>& lines, float* stage) {
     lines.fill(p, rows, q, bias.first, stage);
     largest_factors(p, kW, rows, q, bias.first, below);
@@ -120,7 +120,6 @@ struct QueryGradients {
     }
   }
 
-  template <typename Rows>
   __device__ __forceinline__ void begin_span(const Span& span, const LineFactors<T>& lines, const Rows& q,
                                              float* stage) {
 #pragma unroll
@@ -151,7 +150,6 @@ struct QueryGradients {
                              [&](int row, int key) { return stage[row * Bias::kLd + key - span.first]; });
   }
 
-  template <typename Rows>
   __device__ __forceinline__ void end(const LineGradients& dlines, float* stage, const Tile<T, D>& table_rows,
                                       const Rows& q) {
     end_lines<true>(p, block, rows, bias.first, dlines, stage, table_rows, dq);

@@ -63,22 +63,11 @@ struct KeysBlock {
 static_assert(sizeof(KeysBlock) <= kKeysBlockBytes);
 
 // Starts copies of the keys of a block's slots, or their values, by all threads; zeros where there is none.
-template <typename T, int D>
-__device__ __forceinline__ void copy_slots(const Tile<T, D>& to, const AttentionParams& p, const InRows& from,
+template <typename Rows>
+__device__ __forceinline__ void copy_slots(const Rows& to, const AttentionParams& p, const InRows& from,
                                            const KeysBlock& block) {
-  const T* data = rows_of<T>(block.place, from);
+  const auto* data = rows_of<typename Rows::Element>(block.place, from);
   copy_rows(to, p.block_rows, p.shape.D, threadIdx.x, blockDim.x, data, [&](int row) {
-    const int n = block.slots.token(p.shape, block.slots.first + row);
-    return n >= 0 ? data + n * from.row : nullptr;
-  });
-}
-
-// The same at once, in parts.
-template <int D>
-__device__ __forceinline__ void copy_slots(const SplitTile<D>& to, const AttentionParams& p, const InRows& from,
-                                           const KeysBlock& block) {
-  const float* data = rows_of<float>(block.place, from);
-  copy_parts(to, p.block_rows, p.shape.D, [&](int row) {
     const int n = block.slots.token(p.shape, block.slots.first + row);
     return n >= 0 ? data + n * from.row : nullptr;
   });

@@ -39,6 +39,15 @@ struct SplitTile {
   }
 };
 
+// Pair i of an operand.
+template <typename Operand>
+__device__ __forceinline__ void split(float x, float y, Operand (&parts)[kSplitParts], int i) {
+  uint32_t pairs[kSplitParts];
+  split(x, y, pairs);
+#pragma unroll
+  for (int n = 0; n < kSplitParts; ++n) parts[n].pairs[i] = pairs[n];
+}
+
 template <>
 struct OperandA<float> {
   OperandA<__nv_bfloat16> part[kSplitParts];
@@ -51,20 +60,14 @@ struct OperandA<float> {
   __device__ __forceinline__ void set(const float (&left)[4], const float (&right)[4]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      set_pair_of(i, left[2 * i], left[2 * i + 1]);
-      set_pair_of(2 + i, right[2 * i], right[2 * i + 1]);
+      split(left[2 * i], left[2 * i + 1], part, i);
+      split(right[2 * i], right[2 * i + 1], part, 2 + i);
     }
   }
   template <int STEPS, int D>
   __device__ __forceinline__ void load_spread(const SplitTile<D>& from, int row, int d, int step) {
 #pragma unroll
     for (int n = 0; n < kSplitParts; ++n) part[n].template load_spread<STEPS>(from.part(n), row, d, step);
-  }
-  __device__ __forceinline__ void set_pair_of(int i, float x, float y) {
-    uint32_t pairs[kSplitParts];
-    split(x, y, pairs);
-#pragma unroll
-    for (int n = 0; n < kSplitParts; ++n) part[n].pairs[i] = pairs[n];
   }
 };
 
@@ -76,13 +79,7 @@ struct OperandB<float> {
     float x[4];
     memcpy(x, row, sizeof x);
 #pragma unroll
-    for (int i = 0; i < 2; ++i) set_pair_of(i, x[2 * i], x[2 * i + 1]);
-  }
-  __device__ __forceinline__ void set_pair_of(int i, float x, float y) {
-    uint32_t pairs[kSplitParts];
-    split(x, y, pairs);
-#pragma unroll
-    for (int n = 0; n < kSplitParts; ++n) part[n].pairs[i] = pairs[n];
+    for (int i = 0; i < 2; ++i) split(x[2 * i], x[2 * i + 1], part, i);
   }
 };
 
@@ -114,7 +111,7 @@ __device__ __forceinline__ void load_straight(OperandB<float> (&b)[2], const Til
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const float* upper = from.at(row + lane % 4 * 2 + i % 2 * 8, (block + i / 2) * 8 + lane / 4);
-    b[i / 2].set_pair_of(i % 2, *upper, upper[Tile<float, D>::kLd]);
+    split(*upper, upper[Tile<float, D>::kLd], b[i / 2].part, i % 2);
   }
 }
 

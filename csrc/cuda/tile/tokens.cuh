@@ -59,11 +59,24 @@ __device__ __forceinline__ void copy_rows(const Tile<T, D>& to, int rows, int wi
   }
 }
 
+// The same at once, in parts.
+template <int D, typename F>
+__device__ __forceinline__ void copy_rows(const SplitTile<D>& to, int rows, int width, int thread, int threads,
+                                          const float*, F&& from) {
+#pragma unroll 4
+  for (int i = thread; i < rows * (D / 4); i += threads) {
+    const int row = i / (D / 4), d = i % (D / 4) * 4;
+    const float* found = from(row);
+    const bool exists = found != nullptr && d < width;
+    to.set(row, d, exists ? *reinterpret_cast<const float4*>(found + d) : make_float4(0.f, 0.f, 0.f, 0.f));
+  }
+}
+
 // Tokens first .. first + rows - 1 of the block's group, zeros from `count` on.
-template <typename T, int D>
-__device__ __forceinline__ void copy_tokens(const Tile<T, D>& to, int rows, const AttentionParams& p,
-                                            const BlockPlace& block, const InRows& from, int first, int count) {
-  const T* group = rows_of<T>(block, from);
+template <typename Rows>
+__device__ __forceinline__ void copy_tokens(const Rows& to, int rows, const AttentionParams& p, const BlockPlace& block,
+                                            const InRows& from, int first, int count) {
+  const auto* group = rows_of<typename Rows::Element>(block, from);
   copy_rows(to, rows, p.shape.D, threadIdx.x, blockDim.x, group,
             [&](int row) { return row < count ? group + (first + row) * from.row : nullptr; });
 }
@@ -76,24 +89,6 @@ __device__ __forceinline__ void copy_strip(const Tile<T, D>& to, int strip, cons
   copy_rows(Tile<T, D>{to.at(strip, 0)}, 16, p.shape.D, threadIdx.x % 32, 32, group, [&](int row) {
     return strip + row < block.count ? group + (block.first + strip + row) * from.row : nullptr;
   });
-}
-
-// Rows in parts, at once, by all threads; from(row) is where it lies, or null for zeros.
-template <int D, typename F>
-__device__ __forceinline__ void copy_parts(const SplitTile<D>& to, int rows, int width, F&& from) {
-#pragma unroll 4
-  for (int i = threadIdx.x; i < rows * (D / 4); i += blockDim.x) {
-    const int row = i / (D / 4), d = i % (D / 4) * 4;
-    const float* found = from(row);
-    const bool exists = found != nullptr && d < width;
-    to.set(row, d, exists ? *reinterpret_cast<const float4*>(found + d) : make_float4(0.f, 0.f, 0.f, 0.f));
-  }
-}
-template <int D>
-__device__ __forceinline__ void copy_tokens(const SplitTile<D>& to, int rows, const AttentionParams& p,
-                                            const BlockPlace& block, const InRows& from, int first, int count) {
-  const float* group = rows_of<float>(block, from);
-  copy_parts(to, rows, p.shape.D, [&](int row) { return row < count ? group + (first + row) * from.row : nullptr; });
 }
 
 // By all threads.
