@@ -70,27 +70,32 @@ AttentionPlan plan_fwd_window(const Shape& s, int bytes, int arch, double scale)
   if (plan.refusal.empty()) plan.refusal = fwd_window_refusal(s, bytes);
   if (!plan.refusal.empty()) return plan;
   plan.keys = tile_keys(s, bytes, kWindowBlocks);
-  plan.keys.staged = std::max(plan.keys.columns + kInnerPad, s.axis[kT].factors() + s.axis[kH].factors());
+  const int outer = s.axis[kH].factors() + (s.axis[kT].rows ? s.axis[kT].keys + s.outer_keys() : 0);
+  plan.keys.staged = std::max(plan.keys.columns + kInnerPad, outer);
   const int D = plan.head_dim = kernel_head_dim(s.D, bytes);
   const SharedLimits limits = shared_limits(arch);
   const int64_t strips = ceil_div<int64_t>(s.M(), 16);
   int most_resident = 0;
-  for (const int threads : {kFwdWindowThreads, kMostFwdWindowThreads}) {
+  const auto try_blocks_of = [&](int threads, bool whole_tables) {
     const int64_t most_warps = threads / 32;
     const int64_t passes = std::min<int64_t>(kFwdWindowPasses, ceil_div(strips, most_warps));
     const int64_t blocks = ceil_div(strips, most_warps * passes);
     const int warps = static_cast<int>(ceil_div(ceil_div(strips, blocks), passes));
-    const int64_t shared = attention_fwd_window_shared(s, plan.keys, warps * 16, D).total;
+    const int64_t shared = attention_fwd_window_shared(s, plan.keys, warps * 16, D, whole_tables).total;
     const int64_t fit =
         std::min<int64_t>(kMostFwdWindowThreads / 32 / warps, limits.per_sm / (shared + kReservedPerBlock));
     const int resident = warps * static_cast<int>(fit);
-    if (shared > limits.per_block || resident <= most_resident) continue;
+    if (shared > limits.per_block || resident <= most_resident) return;
     most_resident = resident;
     plan.threads = warps * 32;
     plan.block_rows = warps * 16 * static_cast<int>(passes);
     plan.shared_bytes = shared;
     plan.grid = s.groups * ceil_div<int64_t>(s.M(), plan.block_rows);
-  }
+    plan.whole_tables = whole_tables;
+  };
+  for (const bool whole_tables : {true, false})
+    for (const int threads : {kFwdWindowThreads, kMostFwdWindowThreads})
+      if (!whole_tables || has_whole_tables(s)) try_blocks_of(threads, whole_tables);
   if (most_resident == 0) plan.refusal = "all keys of a window, and their values, exceed shared memory";
   return plan;
 }

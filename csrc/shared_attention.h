@@ -45,28 +45,46 @@ constexpr int kWindowLine = 16;  // slots at most
 constexpr int kWindowBlocks = 4, kFwdWindowPasses = 2;
 constexpr int kMostFwdWindowThreads = 512, kFwdWindowThreads = 256;  // two blocks of the latter fit an SM by registers
 constexpr int kMostFwdWindowD = 96, kMostWindowKeys = 320;           // registers; where tiles of keys are as good
+constexpr int kMostHeldD = 80;                                       // of queries that stay in registers
+
+// Where the table is so small, all of it is in shared memory, and a strip is multiplied with all rows of an axis at
+// once: see tile/whole_tables.cuh.
+constexpr int kWholeTable = 32, kWholeTableLd = kWholeTable + kInnerPad;  // rows of an axis; floats per query
+RELPOS_HD inline bool has_whole_tables(const Shape& s) {
+  const Axis &h = s.axis[kH], &w = s.axis[kW];
+  const bool small = s.axis[kT].rows == 0 && h.rows <= kWholeTable && w.rows <= kWholeTable;
+  return small && s.prefix == 0 && h.k_shift >= 0 && w.k_shift >= 0;
+}
+RELPOS_HD inline int whole_table_rows(const Shape& s) { return s.axis[kW].first_row + kWholeTable; }
+
 struct AttentionFwdWindowShared {
   static constexpr int64_t rows = round_up<int64_t>(kFwdWindowPasses * sizeof(BlockPlace), 16);
-  int64_t largest, lines, staged, q, k, v, total;
-  int pass_rows, key_rows;
+  int64_t q, stage, k, v, table, total;
+  int pass_rows, key_rows, table_rows;
+  int staged, line_step;  // floats per strip; from the factor of one line to that of the next
 };
 // pass_rows: queries of a pass, 16 per warp
 RELPOS_HD inline AttentionFwdWindowShared attention_fwd_window_shared(const Shape& s, const KeyTiling& tiling,
-                                                                      int pass_rows, int D) {
+                                                                      int pass_rows, int D, bool whole_tables) {
   const int64_t ld = int64_t{tile_ld(D, 2)} * 2;
   const int of_lines = s.prefix + tiling.padded_lines * s.axis[kW].keys, of_class = tiling.class_tiles * tiling.keys();
   AttentionFwdWindowShared at{};
   at.pass_rows = pass_rows;
   at.key_rows = (of_lines > of_class ? of_lines : of_class) + kWindowLine;  // of which products read 8 or 16 at a time
-  at.largest = at.rows + pass_rows * static_cast<int64_t>(sizeof(Coordinates));
-  at.lines = at.largest + pass_rows * 4;
-  at.staged = at.lines + line_factors(tiling) * pass_rows * 2;
-  at.q = at.staged + int64_t{pass_rows} * tiling.staged * 4;
-  at.k = at.q + pass_rows * ld;
+  at.table_rows = whole_tables ? whole_table_rows(s) : 0;
+  at.q = at.rows + pass_rows * static_cast<int64_t>(sizeof(Coordinates));
+  // Queries that are in registers leave their place to the factors.
+  const bool in_place = whole_tables && D <= kMostHeldD;
+  at.stage = in_place ? at.q : at.q + pass_rows * ld;
+  at.staged = in_place ? static_cast<int>(ld) * 4 : whole_tables ? 16 * kWholeTableLd : 16 * tiling.staged;
+  at.line_step = whole_tables ? -(1 << s.axis[kH].k_shift) : 16;
+  at.k = in_place ? at.q + pass_rows * ld : at.stage + int64_t{pass_rows} / 16 * at.staged * 4;
   at.v = at.k + at.key_rows * ld;
-  at.total = at.v + at.key_rows * ld;
+  at.table = at.v + at.key_rows * ld;
+  at.total = at.table + at.table_rows * ld;
   return at;
 }
+static_assert(kWholeTableLd * 4 <= tile_ld(64, 2) * 2);
 
 // Kernels for sm_90: two warpgroups with 64 queries each, or slots of keys, that stay, and one that asks for what
 // passes; 64 of D to a row of shared memory.

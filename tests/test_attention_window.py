@@ -79,7 +79,7 @@ def forward_is_of_windows(problem: Problem, dtype: torch.dtype, device: str) -> 
     sizes = (problem.batch * problem.heads, problem.q_size, problem.k_size, problem.head_dim, problem.prefix)
     name = str(dtype).removeprefix("torch.")
     plan = _loader.plan().plan_attention("forward_window", name, *sizes, 90, problem.head_dim**-0.5)
-    return bool(emulator.count("block_barriers", call) == 2 * plan.grid)  # any other has more
+    return bool(emulator.count("block_barriers", call) == 3 * plan.grid)  # any other has more
 
 
 @HALVES

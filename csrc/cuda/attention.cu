@@ -133,7 +133,7 @@ template <typename T>
 bool launch_fwd_window(const OnDevice& device, AttentionFwdParams& p, const Tensor& q) {
   if constexpr (sizeof(T) == 2)
     if (const auto plan = plan_if_taken(AttentionKernel::kForwardWindow, p, device, q)) {
-      p.at_window = attention_fwd_window_shared(p.shape, p.keys, plan->threads / 2, plan->head_dim);
+      p.at_window = attention_fwd_window_shared(p.shape, p.keys, plan->threads / 2, plan->head_dim, plan->whole_tables);
       launch_attention_fwd_window<T>(device, *plan, p);
       return true;
     }

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_fwd_kernel
 #pragma unroll
   for (int s = 0; s < kStrips; ++s) {
     const int strip = static_cast<int>(afresh(first + s * 16));
-    mine.store(p, block, s, strip, lines.largest, in_place_of(q(), strip));
+    mine.store(p, block, s, strip, in_place_of(q(), strip), [&](int m) { return lines.largest[m]; });
   }
 }
 

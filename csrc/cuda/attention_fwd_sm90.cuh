@@ -105,7 +105,7 @@ struct AttentionFwdSm90 {
       stages.v(before.stage).start_weighted(mine.out[0], before.weights, 0);
       finish(mine, before);
     }
-    mine.store(p, block, 0, first, lines.largest, q);
+    mine.store(p, block, 0, first, q, [&](int m) { return lines.largest[m]; });
   }
 };
 

@@ -77,9 +77,11 @@ struct OnlineSoftmax {
       }
   }
 
-  // Strip s; `rows` is a tile of the block's queries, of which the warp takes its own.
+  // Strip s; `rows` is a tile of the block's queries, of which the warp takes its own. below(m): what the bias of
+  // query m was kept relative to, in powers of two.
+  template <typename F>
   __device__ __forceinline__ void store(const AttentionFwdParams& p, const BlockPlace& block, int s, int first,
-                                        const float* largest, const Tile<T, D>& rows) const {
+                                        const Tile<T, D>& rows, F&& below) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -87,7 +89,7 @@ struct OnlineSoftmax {
       for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
       const int m = first + lane / 4 + half * 8;
       if (p.lse && lane % 4 == 0 && m < block.count)
-        p.lse[block.group * p.shape.M() + block.first + m] = (reference[s][half] + largest[m] + log2f(total)) * kLn2;
+        p.lse[block.group * p.shape.M() + block.first + m] = (reference[s][half] + below(m) + log2f(total)) * kLn2;
       // In half precision, an error of 2^-24 more does not matter, but a division is 20 instructions.
       const float part = 1.f / total;
       const auto share = [&](float x) { return sizeof(T) == 2 ? x * part : x / total; };

@@ -1,0 +1,47 @@
+// whole_tables.cuh - the factors of a strip where an axis has up to 32 table rows, all of them in shared memory.
+//
+// The strip is multiplied with the rows of an axis, all at once, and the products are put down as they are. Nothing is
+// sorted by keys: a query knows where its key 0 is, and keys go back from there, a step of 1 << k_shift rows each.
+//
+//                 rows l of the axis, 0 .. 31
+//                +----------------------------+
+//   query m      | .  .  k3 k2 k1 k0 .  .  .  |      k0, k1, ...: the factors of keys 0, 1, ...
+//   query m + 1  | .  .  .  k3 k2 k1 k0 .  .  |      . : products that no key of this query uses
+//                +----------------------------+
+#pragma once
+#include "tokens.cuh"
+
+namespace relpos {
+
+// By all threads.
+template <typename T, int D>
+__device__ __forceinline__ void copy_table(const Tile<T, D>& to, int rows, const AttentionParams& p) {
+  const T* table = static_cast<const T*>(p.table);
+  copy_rows(to, rows, p.shape.D, threadIdx.x, blockDim.x, table,
+            [&](int row) { return row < p.shape.table_rows() ? table + row * p.shape.D : nullptr; });
+}
+
+// Products of a warp's strip with the table rows of an axis, times `factor`, into its stage.
+template <typename Rows, typename A>
+__device__ __forceinline__ void put_products(const AttentionParams& p, int a, A&& queries, const Rows& table,
+                                             float factor, float* stage) {
+  const int lane = threadIdx.x % 32;
+  float products[1][kWholeTable / 8][4] = {};
+  add_products(products, queries, table, p.shape.axis[a].first_row, p.shape.D);
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int j = 0; j < kWholeTable / 8; ++j)
+      set_pair(stage + (lane / 4 + half * 8) * kWholeTableLd + j * 8 + lane % 4 * 2, products[0][j][2 * half] * factor,
+               products[0][j][2 * half + 1] * factor);
+  __syncwarp();
+}
+
+// Where in the stage the factor of key 0 is for query `row` of the strip; that of key i is i << k_shift before it.
+__device__ __forceinline__ int place_of_first_key(const AttentionParams& p, int a, const Coordinates* rows, int row) {
+  const Axis& axis = p.shape.axis[a];
+  const int c = max(rows[row].of[a], 0);  // what does not exist reads something
+  return row * kWholeTableLd + axis.origin + c * axis.origin_step - axis.first_row;
+}
+
+}  // namespace relpos
