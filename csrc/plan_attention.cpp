@@ -57,9 +57,14 @@ AttentionPlan plan_window(const Shape& s, int bytes, int arch, double scale) {
   plan.head_dim = kernel_head_dim(s.D, bytes);
   plan.threads = warps * 32;
   plan.block_rows = warps * 16;
-  plan.shared_bytes = attention_bwd_window_shared(plan.block_rows, plan.head_dim).total;
   plan.grid = s.groups;
-  if (plan.shared_bytes > shared_limits(arch).per_block)
+  const int64_t most = shared_limits(arch).per_block;
+  const auto bytes_with = [&](bool whole_tables) {
+    return attention_bwd_window_shared(s, plan.block_rows, plan.head_dim, whole_tables).total;
+  };
+  plan.whole_tables = has_whole_tables(s) && bytes_with(true) <= most;
+  plan.shared_bytes = bytes_with(plan.whole_tables);
+  if (plan.shared_bytes > most)
     plan.refusal = "a window of " + std::to_string(plan.shared_bytes) + " bytes exceeds shared memory";
   return plan;
 }

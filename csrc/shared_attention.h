@@ -251,11 +251,12 @@ constexpr int kWindowColumnLd = 24;  // elements between the column factors of t
 constexpr int64_t kWindowStateBytes = 192;
 
 struct AttentionBwdWindowShared {
-  int64_t rows, delta, lines, columns, k, v, q, grad, ds, total;
-  int ds_ld;
+  int64_t rows, delta, lines, columns, k, v, q, grad, ds, stage, table, total;
+  int ds_ld, table_rows, staged;  // table_rows: 0 where the table is not here; staged: floats per strip
 };
 // block_rows: queries of a pass; there are twice as many slots.
-RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(int block_rows, int D) {
+RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(const Shape& s, int block_rows, int D,
+                                                                      bool whole_tables) {
   constexpr int kHalf = 2;
   const int64_t rows_bytes = int64_t{block_rows} * tile_ld(D, kHalf) * kHalf;
   AttentionBwdWindowShared at{};
@@ -269,7 +270,12 @@ RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(int block_
   at.q = at.v + 2 * rows_bytes;
   at.grad = at.q + rows_bytes;
   at.ds = at.grad + rows_bytes;
-  at.total = at.ds + int64_t{2} * block_rows * at.ds_ld * kHalf;
+  at.table_rows = whole_tables ? whole_table_rows(s) : 0;
+  at.staged = whole_tables ? 16 * kWholeTableLd : 16 * tile_ld(D, kHalf) * kHalf / 4;
+  at.table = at.ds + int64_t{2} * block_rows * at.ds_ld * kHalf;
+  const int64_t end = at.table + int64_t{at.table_rows} * tile_ld(D, kHalf) * kHalf;
+  at.stage = whole_tables ? end : at.grad;  // grad comes after the factors, where there is no room for both
+  at.total = whole_tables ? end + int64_t{block_rows} / 16 * at.staged * 4 : end;
   return at;
 }
 

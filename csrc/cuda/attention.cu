@@ -169,7 +169,7 @@ void attention_fwd(Tensor out, std::optional<Tensor> lse, Tensor q, Tensor k, Te
 template <typename T>
 void launch_bwd_window(const OnDevice& device, AttentionBwdParams& p, const Tensor& q) {
   const AttentionPlan plan = plan_for(AttentionKernel::kBackwardWindow, p, device, q);
-  p.at_window = attention_bwd_window_shared(plan.block_rows, plan.head_dim);
+  p.at_window = attention_bwd_window_shared(p.shape, plan.block_rows, plan.head_dim, plan.whole_tables);
   launch_attention_bwd_window<T>(device, plan, p);
 }
 

@@ -11,13 +11,13 @@
 //   grid     (groups), a block each: as many warps as its pairs of lines. A line is padded to 16 slots.
 //   thread   keys: as attention_bwd_keys.cuh; queries: as attention_bwd_queries.cuh.
 //   shared   k and v; q, grad, factors and ds of a pass. Line gradients take the place of the line factors.
-//   barriers two per pass: all strips are there; ds is complete.
+//   barriers two per pass: all strips are there; ds is complete. In the first, one more: the table is there.
 //
 // ds is rounded to half precision on its way through shared memory, as an operand of products always is. Its sums over
 // the keys of a line or column are products with zeros and ones, in float32.
 #pragma once
 #include "attention_bwd_keys.cuh"
-#include "tile/factor_gradients.cuh"
+#include "tile/whole_tables.cuh"
 
 namespace relpos {
 
@@ -56,10 +56,11 @@ struct WindowLines {
 // The tiles of the block; those of queries are of one pass.
 template <typename T, int D>
 struct WindowTiles : QueryTile<T, D> {
-  Tile<T, D> k, v;
+  Tile<T, D> k, v, table;
   T* ds;  // [slots, queries]
   int ds_ld;
   Coordinates* rows;
+  float* stages;  // a warp's own, one behind another
 
   __device__ __forceinline__ WindowTiles(unsigned char* shared, const AttentionBwdWindowShared& at) {
     this->q.data = reinterpret_cast<T*>(shared + at.q);
@@ -69,6 +70,8 @@ struct WindowTiles : QueryTile<T, D> {
     this->lines = reinterpret_cast<float*>(shared + at.lines);
     this->statistics = reinterpret_cast<float*>(shared + at.delta);
     k.data = reinterpret_cast<T*>(shared + at.k), v.data = reinterpret_cast<T*>(shared + at.v);
+    table.data = reinterpret_cast<T*>(shared + at.table);
+    stages = reinterpret_cast<float*>(shared + at.stage);
     ds = reinterpret_cast<T*>(shared + at.ds), ds_ld = at.ds_ld;
     rows = reinterpret_cast<Coordinates*>(shared + at.rows);
   }
@@ -108,23 +111,29 @@ struct WindowStrip {
   const WindowTiles<T, D> tiles;
   int first;  // of the queries of the pass
 
-  __device__ __forceinline__ float* stage() const { return reinterpret_cast<float*>(tiles.grad.at(first, 0)); }
+  __device__ __forceinline__ bool has_whole_tables() const { return p.at_window.table_rows > 0; }
+  __device__ __forceinline__ float* stage() const { return tiles.stages + first / 16 * p.at_window.staged; }
 
   __device__ __forceinline__ void copy(const Tile<T, D>& to, const InRows& from) const {
     copy_strip(to, first, p, place, from);
     cp_async_commit();
   }
 
-  // q, grad, coordinates, factors and delta. grad comes last: before, its place is the stage.
-  __device__ __forceinline__ void fill() const {
-    const int lane = threadIdx.x % 32, row = first + lane % 16, part = lane / 16;
+  // Starts copies of q, and of grad unless its place is the stage.
+  __device__ __forceinline__ void ask() const {
     copy(tiles.q, p.q);
+    if (has_whole_tables()) copy(tiles.grad, p.grad);
+  }
+  // Coordinates, factors and delta; and grad, if it is to come yet. arrived(): q is there.
+  template <typename F>
+  __device__ __forceinline__ void fill(F&& arrived) const {
+    const int lane = threadIdx.x % 32, row = first + lane % 16, part = lane / 16;
     if (lane < 16) tiles.rows[row] = locate_query(p, place, row);
-    const float delta = find_delta<T>(p, place, first);
+    const float delta = find_delta<T, D, D <= 64 ? 4 : 2>(p, place, first);
     if (lane % 2 == 0) tiles.statistics[first + lane / 2] = delta;
-    cp_async_wait<0>();
-    __syncwarp();
+    arrived();
     const float lse = row < place.count ? p.lse[place.group * p.shape.M() + place.first + row] : INFINITY;
+    if (has_whole_tables()) return fill_whole(row, part, lse);
     const float offset = (fill_columns(row, part) - lse) * kLog2e;
     __syncwarp();  // the stage may be overwritten
     strip_lines<false, kBlocks>(p, tiles.rows, tiles.q, first, stage(),
@@ -134,6 +143,37 @@ struct WindowStrip {
       tiles.lines[line * p.block_rows + row] = offset;
     __syncwarp();  // grad may arrive
     copy(tiles.grad, p.grad);
+  }
+
+  // Factors of a table that is here.
+  __device__ __forceinline__ void fill_whole(int row, int part, float lse) const {
+    constexpr int kCount = kWindowLine / 2;
+    const StripRows<Tile<T, D>, 0> queries(tiles.q, first);
+    const Coordinates* rows = tiles.rows + first;
+    const Axis &h = p.shape.axis[kH], &w = p.shape.axis[kW];
+    put_products(p, kW, queries, tiles.table, 1.f, stage());
+    const float* of_key = stage() + place_of_first_key(p, kW, rows, row - first);
+    float x[kCount], largest = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int key = part * kCount + i;
+      x[i] = key < w.keys ? of_key[-(key << w.k_shift)] : -INFINITY;
+      largest = fmaxf(largest, x[i]);
+    }
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 16));  // all are read: they may be overwritten
+#pragma unroll
+    for (int i = 0; i < kCount; i += 2)
+      set_pair(tiles.columns + row * kWindowColumnLd + part * kCount + i, (x[i] - largest) * p.inverse_scale,
+               (x[i + 1] - largest) * p.inverse_scale);
+    const float offset = (largest - lse) * kLog2e;
+    put_products(p, kH, queries, tiles.table, kLog2e, stage());
+    const float* of_line = stage() + place_of_first_key(p, kH, rows, row - first);
+#pragma unroll
+    for (int i = 0; i < kMostWindowLines / 2; ++i) {
+      const int line = 2 * i + part;
+      const float x = line < h.keys ? of_line[-(line << h.k_shift)] : 0.f;
+      if (line < round_up(h.keys, kWindowWarpLines)) tiles.lines[line * p.block_rows + row] = x + offset;
+    }
   }
 
   // Relative to the largest of the query, which is returned, for half precision to be exact enough.
@@ -156,20 +196,32 @@ struct WindowStrip {
 
   // dq and the factor gradients, from ds. The strip's rows of q and grad are free again.
   __device__ __forceinline__ void take() const {
-    sum_factors();
+    const int keys_h = p.shape.axis[kH].keys, factors = p.shape.factors();
     float dq[1][D / 8][4] = {};
-#pragma unroll 1
-    for (int line = 0; line < p.shape.outer_keys(); ++line) {
-      OperandA<T> ds;
-      load_transposed(ds, tiles.ds, tiles.ds_ld, line * kWindowLine, first);
-#pragma unroll
-      for (int d = 0; d < D / 8; d += 2) {
-        OperandB<T> columns[2];
-        load_straight(columns, tiles.k, line * kWindowLine, d);
-        multiply(dq[0][d], ds, columns[0]);
-        multiply(dq[0][d + 1], ds, columns[1]);
-      }
+    if (has_whole_tables()) {  // factor gradients of a query lie in the stage as in memory
+      sum_factors(dq, stage(), 1, factors, stage() + keys_h, factors);
+      end_whole(dq, keys_h, factors);
+    } else {
+      sum_factors(dq, tiles.lines + first, p.block_rows, 1, stage(), kStageLd);
+      end(dq);
     }
+    if (p.dq.data == nullptr) return;
+    put_strip(tiles.q, first, dq[0], p.scale);
+    store_queries(tiles.q, first, p, place, p.dq);
+  }
+  __device__ __forceinline__ void end_whole(float (&dq)[1][D / 8][4], int keys_h, int factors) const {
+    const Coordinates* rows = tiles.rows + first;
+    if (p.dfactors) {
+      float* to = p.dfactors + (place.group * p.shape.M() + place.first + first) * factors;
+      const int count = min(16, place.count - first) * factors;
+#pragma unroll 4
+      for (int i = threadIdx.x % 32; i < count; i += 32) to[i] = stage()[i];
+    }
+#pragma unroll 1
+    for (int a = kH; a <= kW; ++a)
+      add_whole_table(p, a, rows, tiles.table, stage() + (a == kH ? 0 : keys_h), factors, dq);
+  }
+  __device__ __forceinline__ void end(float (&dq)[1][D / 8][4]) const {
     const Tile<T, D> table_rows{tiles.q.at(first, 0)};
     const float* columns = stage();
     const auto of_column = [columns](int row, int key) { return columns[row * kStageLd + key]; };
@@ -178,35 +230,46 @@ struct WindowStrip {
     constexpr bool kAhead = D <= 64;
     add_table_products<kAhead>(p, kW, {0, keys_w}, tiles.rows, first, table_rows, dq, of_column);
     end_lines<kAhead>(p, place, tiles.rows, first, {tiles.lines, p.block_rows}, stage(), table_rows, dq);
-    if (p.dq.data) {
-      __syncwarp();  // the table rows may be overwritten
-      put_strip(tiles.q, first, dq[0], p.scale);
-      store_queries(tiles.q, first, p, place, p.dq);
-    }
+    __syncwarp();  // the table rows may be overwritten
   }
 
-  // Of lines in the place of their factors, of columns in the stage.
-  __device__ __forceinline__ void sum_factors() const {
+  // dq, and the factor gradients: of line i and query m to lines[i * of_line + m * of_query], of column j to
+  // columns[m * column_ld + j].
+  __device__ __forceinline__ void sum_factors(float (&dq)[1][D / 8][4], float* lines, int of_line, int of_query,
+                                              float* columns, int column_ld) const {
     const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
     const uint32_t diagonal = pair_of(g == 2 * t, g == 2 * t + 1);
     const OperandB<T> all{{pair_of(1.f, 1.f), pair_of(1.f, 1.f)}}, left{{diagonal, 0u}}, right{{0u, diagonal}};
     float dcolumn[2][4] = {};
+    Tile<T, D> k = tiles.k;
+    const T* of_keys = tiles.ds;
+    lines += g * of_query;
 #pragma unroll 1
     for (int line = 0; line < p.shape.outer_keys(); ++line) {
       OperandA<T> ds;
-      load_transposed(ds, tiles.ds, tiles.ds_ld, line * kWindowLine, first);
+      load_transposed(ds, of_keys, tiles.ds_ld, 0, first);
       float dline[4] = {};
       multiply(dline, ds, all);
       multiply(dcolumn[0], ds, left);
       multiply(dcolumn[1], ds, right);
-      float* to = tiles.lines + line * p.block_rows + first + g;
-      if (t == 0) to[0] = dline[0], to[8] = dline[2];
+#pragma unroll
+      for (int d = 0; d < D / 8; d += 2) {
+        OperandB<T> keys[2];
+        load_straight(keys, k, 0, d);
+        multiply(dq[0][d], ds, keys[0]);
+        multiply(dq[0][d + 1], ds, keys[1]);
+      }
+      if (t == 0) lines[0] = dline[0], lines[8 * of_query] = dline[2];
+      lines += of_line;
+      k.data += kWindowLine * k.kLd, of_keys += kWindowLine * tiles.ds_ld;
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j)
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
-        set_pair(stage() + (g + half * 8) * kStageLd + j * 8 + 2 * t, dcolumn[j][2 * half], dcolumn[j][2 * half + 1]);
+      for (int e = 0; e < 4; ++e) {
+        const int key = j * 8 + 2 * t + e % 2;
+        if (key < p.shape.axis[kW].keys) columns[(g + e / 2 * 8) * column_ld + key] = dcolumn[j][e];
+      }
     __syncwarp();  // all are there
   }
 
@@ -224,16 +287,28 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
   WindowState& state = *reinterpret_cast<WindowState*>(shared);
   if (threadIdx.x == 0) state.fill(p);
   __syncthreads();
+  const int warp = threadIdx.x / 32;
+  const auto strip = [&](const BlockPlace& pass) { return WindowStrip<T, D>{p, pass, {shared, p.at_window}, static_cast<int>(afresh(warp * 16))}; };
+  copy_table(WindowTiles<T, D>(shared, p.at_window).table, p.at_window.table_rows, p);
+  strip(state.passes[0]).ask();
   copy_window_keys(WindowTiles<T, D>(shared, p.at_window).k, p, state.passes[0], p.k);
   copy_window_keys(WindowTiles<T, D>(shared, p.at_window).v, p, state.passes[0], p.v);
+  cp_async_commit();
 
-  const int warp = threadIdx.x / 32;
   AttentionBwdKeys<T, D, kWindowWarpLines, kPart> mine(p, warp * kWindowWarpLines * kWindowLine);
 #pragma unroll 1
   for (int& done = state.done[warp]; done * p.block_rows < p.shape.M();) {
     const BlockPlace& pass = state.passes[done];
-    const auto strip = [&] { return WindowStrip<T, D>{p, pass, {shared, p.at_window}, warp * 16}; };
-    strip().fill();
+    if (done > 0) strip(pass).ask();
+    strip(pass).fill([&] {
+      if (done > 0) {
+        cp_async_wait<0>();
+        __syncwarp();
+      } else {
+        cp_async_wait<1>();
+        __syncthreads();  // the table is there
+      }
+    });
     cp_async_wait<0>();
     __syncthreads();  // all strips are there, and the last pass is done with
     {
@@ -244,7 +319,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
                     [&](const auto& ds) { tiles.put_ds(mine.first, begin, ds); });
     }
     __syncthreads();  // ds is complete
-    if (p.dq.data || p.dfactors) strip().take();
+    if (p.dq.data || p.dfactors) strip(pass).take();
     if (threadIdx.x % 32 == 0) ++done;
     __syncwarp();  // the strip is done with
   }

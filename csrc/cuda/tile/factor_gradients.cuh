@@ -22,25 +22,6 @@ struct LineGradients {
   }
 };
 
-// <grad[m], out[m]> of query lane / 2 of a strip; 0 where there is none.
-template <typename T>
-__device__ __forceinline__ float find_delta(const AttentionBwdParams& p, const BlockPlace& block, int first) {
-  const int lane = threadIdx.x % 32, row = first + lane / 2;
-  float sum = 0.f;
-  if (row < block.count) {
-    const T* grad = rows_of<T>(block, p.grad) + static_cast<int64_t>(block.first + row) * p.grad.row;
-    const T* out = rows_of<T>(block, p.out) + static_cast<int64_t>(block.first + row) * p.out.row;
-    for (int d = lane % 2 * kVector<T>; d < p.shape.D; d += 2 * kVector<T>) {
-      float x[kVector<T>], y[kVector<T>];
-      unpack<T>(*reinterpret_cast<const uint4*>(grad + d), x);
-      unpack<T>(*reinterpret_cast<const uint4*>(out + d), y);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) sum = fmaf(x[i], y[i], sum);
-    }
-  }
-  return sum + __shfl_xor_sync(~0u, sum, 1);
-}
-
 // A row of 16 on its way to a tile, of which a pair of lanes has every other chunk; zeros past its width.
 template <typename T, int D>
 struct HeldRow {
@@ -65,6 +46,60 @@ struct HeldRow {
     for (int i = 0; i < kCount; ++i) *reinterpret_cast<uint4*>(to + element(i)) = chunk(row, width, i);
   }
 };
+
+// <grad[m], out[m]> of query lane / 2 of a strip; 0 where there is none. AT_ONCE chunks of each are asked for at once.
+template <typename T, int D, int AT_ONCE = HeldRow<T, D>::kCount>
+__device__ __forceinline__ float find_delta(const AttentionBwdParams& p, const BlockPlace& block, int first) {
+  using Row = HeldRow<T, D>;
+  const int row = first + static_cast<int>(afresh(threadIdx.x % 32 / 2));
+  float sum = 0.f;
+  if (row < block.count) {
+    const T* grad = rows_of<T>(block, p.grad) + static_cast<int64_t>(block.first + row) * p.grad.row;
+    const T* out = rows_of<T>(block, p.out) + static_cast<int64_t>(block.first + row) * p.out.row;
+#pragma unroll 1
+    for (int begin = 0; begin < Row::kCount; begin += AT_ONCE) {
+      uint4 of_grad[AT_ONCE], of_out[AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        of_grad[i] = Row::chunk(grad, p.shape.D, begin + i);
+        of_out[i] = Row::chunk(out, p.shape.D, begin + i);
+      }
+#pragma unroll
+      for (int i = 0; i < AT_ONCE; ++i) {
+        float x[kVector<T>], y[kVector<T>];
+        unpack<T>(of_grad[i], x);
+        unpack<T>(of_out[i], y);
+#pragma unroll
+        for (int e = 0; e < kVector<T>; ++e) sum = fmaf(x[e], y[e], sum);
+      }
+    }
+  }
+  return sum + __shfl_xor_sync(~0u, sum, 1);
+}
+
+// dq += x, a step of 16, times rows `row` .. of a tile. Half precision: what rounding takes away of x counts, too.
+template <typename T, int D>
+__device__ __forceinline__ void add_rows(float (&dq)[1][D / 8][4], float (&x)[2][4], const Tile<T, D>& rows, int row,
+                                         int width) {
+  constexpr int kParts = sizeof(T) == 2 ? 2 : 1;
+  OperandA<T> parts[kParts];
+  parts[0].set(x[0], x[1]);
+  if constexpr (kParts == 2) {
+    parts[0].leave_rest(x[0], x[1]);
+    parts[1].set(x[0], x[1]);
+  }
+#pragma unroll
+  for (int d = 0; d < D / 8; d += 2) {
+    if (ends_before<T>(d, width)) break;
+    OperandB<T> columns[2];
+    load_straight(columns, rows, row, d);
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) {
+      multiply(dq[0][d], parts[i], columns[0]);
+      multiply(dq[0][d + 1], parts[i], columns[1]);
+    }
+  }
+}
 
 // dq += d_a / scale times the table rows of axis a and these keys; gradient(row of the strip, key) is d_a. AHEAD: there
 // are registers for the rows of the next step.
@@ -94,25 +129,8 @@ __device__ __forceinline__ void add_table_products(const AttentionParams& p, int
       const bool counts = is_between(key[i], keys.begin, keys.end);
       x[i / 4][i % 4] = counts ? gradient(lane / 4 + i % 4 / 2 * 8, key[i]) * p.inverse_scale : 0.f;
     }
-    constexpr int kParts = sizeof(T) == 2 ? 2 : 1;  // half precision: what rounding takes away is the second
-    OperandA<T> parts[kParts];
-    parts[0].set(x[0], x[1]);
-    if constexpr (kParts == 2) {
-      parts[0].leave_rest(x[0], x[1]);
-      parts[1].set(x[0], x[1]);
-    }
     __syncwarp();  // the rows are there
-#pragma unroll
-    for (int d = 0; d < D / 8; d += 2) {
-      if (ends_before<T>(d, p.shape.D)) break;
-      OperandB<T> columns[2];
-      load_straight(columns, table_rows, 0, d);
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        multiply(dq[0][d], parts[i], columns[0]);
-        multiply(dq[0][d + 1], parts[i], columns[1]);
-      }
-    }
+    add_rows(dq, x, table_rows, 0, p.shape.D);
   }
 }
 

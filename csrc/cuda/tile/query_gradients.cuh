@@ -40,7 +40,7 @@ struct QueryGradients {
   __device__ __forceinline__ void begin(const Rows& q, const LineFactors<T>& lines, float* stage) {
     lines.fill(p, rows, q, bias.first, stage);
     largest_factors(p, kW, rows, q, bias.first, below);
-    const float of_lane = sizeof(T) == 2 ? find_delta<T>(p, block, bias.first) : 0.f;  // float32: use_measured
+    const float of_lane = sizeof(T) == 2 ? find_delta<T, D>(p, block, bias.first) : 0.f;  // float32: use_measured
 #pragma unroll
     for (int half = 0; half < 2; ++half) delta[half] = __shfl_sync(~0u, of_lane, 2 * (threadIdx.x % 32 / 4 + 8 * half));
   }

@@ -9,7 +9,7 @@
 //   query m + 1  | .  .  .  k3 k2 k1 k0 .  .  |      . : products that no key of this query uses
 //                +----------------------------+
 #pragma once
-#include "tokens.cuh"
+#include "factor_gradients.cuh"
 
 namespace relpos {
 
@@ -37,11 +37,38 @@ __device__ __forceinline__ void put_products(const AttentionParams& p, int a, A&
   __syncwarp();
 }
 
-// Where in the stage the factor of key 0 is for query `row` of the strip; that of key i is i << k_shift before it.
-__device__ __forceinline__ int place_of_first_key(const AttentionParams& p, int a, const Coordinates* rows, int row) {
+// The row of the axis that query `row` of the strip uses for key 0; for key i, i << k_shift before it.
+__device__ __forceinline__ int row_of_first_key(const AttentionParams& p, int a, const Coordinates* rows, int row) {
   const Axis& axis = p.shape.axis[a];
-  const int c = max(rows[row].of[a], 0);  // what does not exist reads something
-  return row * kWholeTableLd + axis.origin + c * axis.origin_step - axis.first_row;
+  const int c = max(rows[row].of[a], 0);  // what does not exist uses something
+  return axis.origin + c * axis.origin_step - axis.first_row;
+}
+// Where in the stage the factor of key 0 is for a query.
+__device__ __forceinline__ int place_of_first_key(const AttentionParams& p, int a, const Coordinates* rows, int row) {
+  return row * kWholeTableLd + row_of_first_key(p, a, rows, row);
+}
+
+// dq += d_a / scale times the table rows of axis a; d_a of query m of the strip and key i is gradients[m * ld + i].
+template <typename T, int D>
+__device__ __forceinline__ void add_whole_table(const AttentionParams& p, int a, const Coordinates* rows,
+                                                const Tile<T, D>& table, const float* gradients, int ld,
+                                                float (&dq)[1][D / 8][4]) {
+  const Axis& axis = p.shape.axis[a];
+  const int lane = threadIdx.x % 32;
+  const int first[2] = {row_of_first_key(p, a, rows, lane / 4), row_of_first_key(p, a, rows, lane / 4 + 8)};
+#pragma unroll
+  for (int step = 0; step < kWholeTable / 16; ++step) {
+    float x[2][4];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int half = i % 4 / 2;
+      const auto down = static_cast<unsigned>(first[half] - (step * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2));
+      const int key = static_cast<int>(__funnelshift_r(down, down, axis.k_shift));  // as find_keys does
+      const float* of_query = gradients + (lane / 4 + half * 8) * ld;
+      x[i / 4][i % 4] = is_between(key, 0, axis.keys) ? of_query[key] * p.inverse_scale : 0.f;
+    }
+    add_rows(dq, x, table, axis.first_row + step * 16, p.shape.D);
+  }
 }
 
 }  // namespace relpos
