@@ -106,7 +106,7 @@ struct AttentionPlan {
   int threads = 0;
   int64_t grid = 0;
   int64_t shared_bytes = 0;
-  int stages = kKeyStages;  // of what passes
+  int stages = kKeyStages;    // of what passes
   bool whole_tables = false;  // in shared memory; of windows
 
   std::string kernel(AttentionKernel which) const;

@@ -28,6 +28,8 @@ WINDOWS = [
     Problem("finer_queries", (8, 12), (6, 10), 16),
     Problem("fraction", (9, 10), (5, 9), 72),
     Problem("video", (2, 3, 11), (3, 4, 11), 32),
+    Problem("finer_lines_coarser_columns", (8, 6), (4, 12), 32),
+    Problem("few_queries", (3, 5), (9, 15), 64),
 ]
 FORWARD = [  # of what the backward takes no window
     same("line_of_8", 7, 8, 64),
@@ -36,6 +38,8 @@ FORWARD = [  # of what the backward takes no window
     Problem("class_token", (4, 5), (5, 14), 40, batch=2, prefix=1),
     Problem("class_tokens_fill_a_step", (3, 4), (3, 5), 16, prefix=37),
     Problem("mvitv2", (9, 15), (7, 7), 96, heads=1, prefix=1),
+    Problem("finer_queries_96", (14, 8), (7, 4), 96, heads=1),
+    same("mvitv2_stage3", 14, 14, 96, heads=1),
     Problem("many_queries", (20, 30), (3, 10), 8, heads=1),
     Problem("four_queries_per_key", (8, 36), (2, 9), 24, prefix=1),
     Problem("video_and_class_token", (2, 3, 4), (2, 3, 5), 24, prefix=1, table=9),
@@ -98,6 +102,14 @@ def test_windows(problem: Problem, dtype: torch.dtype, device: str, passes: list
         pytest.skip("this GPU has too little shared memory for it")
     compare_attention(problem, draw_attention(problem, dtype), dtype, device)
     assert passes == [1]
+
+
+@HALVES
+@pytest.mark.parametrize("problem", [same("sam_b_window", 14, 14, 64), same("mvitv2_stage3", 14, 14, 96)], ids=str)
+def test_where_the_table_does_not_fit(problem: Problem, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """Beside keys, values and queries: of these, sm_80 has room for less than sm_90."""
+    monkeypatch.setenv(emulator.ARCH, "80")
+    compare_attention(problem, draw_attention(problem, dtype), dtype, use_device("emulated", monkeypatch))
 
 
 @HALVES

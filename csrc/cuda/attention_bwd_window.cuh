@@ -124,6 +124,9 @@ struct WindowStrip {
     copy(tiles.q, p.q);
     if (has_whole_tables()) copy(tiles.grad, p.grad);
   }
+  __device__ __forceinline__ void prefetch() const {
+    for (const InRows& rows : {p.q, p.grad, p.out}) prefetch_strip<T>(first, p, place, rows);
+  }
   // Coordinates, factors and delta; and grad, if it is to come yet. arrived(): q is there.
   template <typename F>
   __device__ __forceinline__ void fill(F&& arrived) const {
@@ -288,12 +291,15 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
   if (threadIdx.x == 0) state.fill(p);
   __syncthreads();
   const int warp = threadIdx.x / 32;
-  const auto strip = [&](const BlockPlace& pass) { return WindowStrip<T, D>{p, pass, {shared, p.at_window}, static_cast<int>(afresh(warp * 16))}; };
+  const auto strip = [&](const BlockPlace& pass) {
+    return WindowStrip<T, D>{p, pass, {shared, p.at_window}, static_cast<int>(afresh(warp * 16))};
+  };
   copy_table(WindowTiles<T, D>(shared, p.at_window).table, p.at_window.table_rows, p);
   strip(state.passes[0]).ask();
   copy_window_keys(WindowTiles<T, D>(shared, p.at_window).k, p, state.passes[0], p.k);
   copy_window_keys(WindowTiles<T, D>(shared, p.at_window).v, p, state.passes[0], p.v);
   cp_async_commit();
+  strip(state.passes[1]).prefetch();
 
   AttentionBwdKeys<T, D, kWindowWarpLines, kPart> mine(p, warp * kWindowWarpLines * kWindowLine);
 #pragma unroll 1
@@ -319,7 +325,7 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
                     [&](const auto& ds) { tiles.put_ds(mine.first, begin, ds); });
     }
     __syncthreads();  // ds is complete
-    if (p.dq.data || p.dfactors) strip(pass).take();
+    strip(pass).take();
     if (threadIdx.x % 32 == 0) ++done;
     __syncwarp();  // the strip is done with
   }

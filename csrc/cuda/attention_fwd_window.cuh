@@ -46,7 +46,9 @@ struct AttentionFwdWindow {
   __device__ __forceinline__ Tile<T, D> v() const { return {at<T>(p.at_window.v)}; }
   __device__ __forceinline__ Tile<T, D> table() const { return {at<T>(p.at_window.table)}; }
   __device__ __forceinline__ Coordinates* rows() const { return reinterpret_cast<Coordinates*>(shared + At::rows); }
-  __device__ __forceinline__ float* stage() const { return at<float>(p.at_window.stage) + first / 16 * p.at_window.staged; }
+  __device__ __forceinline__ float* stage() const {
+    return at<float>(p.at_window.stage) + first / 16 * p.at_window.staged;
+  }
 
   // Starts copies of the strip.
   __device__ __forceinline__ void copy_queries(const BlockPlace& place) const {
@@ -88,9 +90,7 @@ struct AttentionFwdWindow {
     }
     __syncwarp();  // they may be overwritten
     put_products(p, kH, queries, table(), kLog2e, stage());
-    const auto of_row = [&](int half) {
-      return place_of(stage() + place_of_first_key(p, kH, rows, row + half * 8));
-    };
+    const auto of_row = [&](int half) { return place_of(stage() + place_of_first_key(p, kH, rows, row + half * 8)); };
     return {{of_row(0), of_row(1)}};
   }
   __device__ __forceinline__ int place_of(const float* x) const {
@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
   __syncthreads();
   copy_table(work.table(), p.at_window.table_rows, p);
   work.copy_queries(passes[0]);
+  prefetch_strip<T>(work.first, p, passes[1], p.q);
   const int tokens = static_cast<int>(p.shape.N());
   copy_tokens(work.k(), p.at_window.key_rows, p, passes[0], p.k, 0, tokens);
   copy_tokens(work.v(), p.at_window.key_rows, p, passes[0], p.v, 0, tokens);

@@ -91,6 +91,15 @@ __device__ __forceinline__ void copy_strip(const Tile<T, D>& to, int strip, cons
   });
 }
 
+// Has what a warp's strip will copy brought to L2, while nothing else can be done; the first 256 bytes of a row.
+template <typename T>
+__device__ __forceinline__ void prefetch_strip(int strip, const AttentionParams& p, const BlockPlace& block,
+                                               const InRows& from) {
+  constexpr int kLine = 128 / sizeof(T);
+  const int lane = static_cast<int>(afresh(threadIdx.x % 32)), row = strip + lane % 16, d = lane / 16 * kLine;
+  if (row < block.count && d < p.shape.D) prefetch_l2(rows_of<T>(block, from) + (block.first + row) * from.row + d);
+}
+
 // By all threads.
 template <int D>
 __device__ __forceinline__ void split_tile(const SplitTile<D>& to, int rows, const Tile<float, D>& from) {
