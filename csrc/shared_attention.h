@@ -61,7 +61,7 @@ struct AttentionFwdWindowShared {
   static constexpr int64_t rows = round_up<int64_t>(kFwdWindowPasses * sizeof(BlockPlace), 16);
   int64_t q, stage, k, v, table, total;
   int pass_rows, key_rows, table_rows;
-  int staged, line_step;  // floats per strip; from the factor of one line to that of the next
+  int staged, line_step;  // floats per query; from the factor of one line to that of the next
 };
 // pass_rows: queries of a pass, 16 per warp
 RELPOS_HD inline AttentionFwdWindowShared attention_fwd_window_shared(const Shape& s, const KeyTiling& tiling,
@@ -76,9 +76,9 @@ RELPOS_HD inline AttentionFwdWindowShared attention_fwd_window_shared(const Shap
   // Queries that are in registers leave their place to the factors.
   const bool in_place = whole_tables && D <= kMostHeldD;
   at.stage = in_place ? at.q : at.q + pass_rows * ld;
-  at.staged = in_place ? static_cast<int>(ld) * 4 : whole_tables ? 16 * kWholeTableLd : 16 * tiling.staged;
+  at.staged = in_place ? static_cast<int>(ld) / 4 : whole_tables ? kWholeTableLd : tiling.staged;
   at.line_step = whole_tables ? -(1 << s.axis[kH].k_shift) : 16;
-  at.k = in_place ? at.q + pass_rows * ld : at.stage + int64_t{pass_rows} / 16 * at.staged * 4;
+  at.k = in_place ? at.q + pass_rows * ld : at.stage + int64_t{pass_rows} * at.staged * 4;
   at.v = at.k + at.key_rows * ld;
   at.table = at.v + at.key_rows * ld;
   at.total = at.table + at.table_rows * ld;
@@ -252,7 +252,7 @@ constexpr int64_t kWindowStateBytes = 192;
 
 struct AttentionBwdWindowShared {
   int64_t rows, delta, lines, columns, k, v, q, grad, ds, stage, table, total;
-  int ds_ld, table_rows, staged;  // table_rows: 0 where the table is not here; staged: floats per strip
+  int ds_ld, table_rows, staged;  // table_rows: 0 where the table is not here; staged: floats per query
 };
 // block_rows: queries of a pass; there are twice as many slots.
 RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(const Shape& s, int block_rows, int D,
@@ -271,11 +271,11 @@ RELPOS_HD inline AttentionBwdWindowShared attention_bwd_window_shared(const Shap
   at.grad = at.q + rows_bytes;
   at.ds = at.grad + rows_bytes;
   at.table_rows = whole_tables ? whole_table_rows(s) : 0;
-  at.staged = whole_tables ? 16 * kWholeTableLd : 16 * tile_ld(D, kHalf) * kHalf / 4;
+  at.staged = whole_tables ? kWholeTableLd : tile_ld(D, kHalf) * kHalf / 4;
   at.table = at.ds + int64_t{2} * block_rows * at.ds_ld * kHalf;
   const int64_t end = at.table + int64_t{at.table_rows} * tile_ld(D, kHalf) * kHalf;
   at.stage = whole_tables ? end : at.grad;  // grad comes after the factors, where there is no room for both
-  at.total = whole_tables ? end + int64_t{block_rows} / 16 * at.staged * 4 : end;
+  at.total = whole_tables ? end + int64_t{block_rows} * at.staged * 4 : end;
   return at;
 }
 

@@ -112,7 +112,7 @@ struct WindowStrip {
   int first;  // of the queries of the pass
 
   __device__ __forceinline__ bool has_whole_tables() const { return p.at_window.table_rows > 0; }
-  __device__ __forceinline__ float* stage() const { return tiles.stages + first / 16 * p.at_window.staged; }
+  __device__ __forceinline__ float* stage() const { return tiles.stages + first * p.at_window.staged; }
 
   __device__ __forceinline__ void copy(const Tile<T, D>& to, const InRows& from) const {
     copy_strip(to, first, p, place, from);
@@ -125,7 +125,9 @@ struct WindowStrip {
     if (has_whole_tables()) copy(tiles.grad, p.grad);
   }
   __device__ __forceinline__ void prefetch() const {
-    for (const InRows& rows : {p.q, p.grad, p.out}) prefetch_strip<T>(first, p, place, rows);
+    prefetch_strip<T>(first, p, place, p.q);
+    prefetch_strip<T>(first, p, place, p.grad);
+    prefetch_strip<T>(first, p, place, p.out);
   }
   // Coordinates, factors and delta; and grad, if it is to come yet. arrived(): q is there.
   template <typename F>
@@ -199,11 +201,11 @@ struct WindowStrip {
 
   // dq and the factor gradients, from ds. The strip's rows of q and grad are free again.
   __device__ __forceinline__ void take() const {
-    const int keys_h = p.shape.axis[kH].keys, factors = p.shape.factors();
     float dq[1][D / 8][4] = {};
     if (has_whole_tables()) {  // factor gradients of a query lie in the stage as in memory
-      sum_factors(dq, stage(), 1, factors, stage() + keys_h, factors);
-      end_whole(dq, keys_h, factors);
+      const int factors = p.shape.factors();
+      sum_factors(dq, stage(), 1, factors, stage() + p.shape.axis[kH].keys, factors);
+      end_whole(dq, factors);
     } else {
       sum_factors(dq, tiles.lines + first, p.block_rows, 1, stage(), kStageLd);
       end(dq);
@@ -212,8 +214,7 @@ struct WindowStrip {
     put_strip(tiles.q, first, dq[0], p.scale);
     store_queries(tiles.q, first, p, place, p.dq);
   }
-  __device__ __forceinline__ void end_whole(float (&dq)[1][D / 8][4], int keys_h, int factors) const {
-    const Coordinates* rows = tiles.rows + first;
+  __device__ __forceinline__ void end_whole(float (&dq)[1][D / 8][4], int factors) const {
     if (p.dfactors) {
       float* to = p.dfactors + (place.group * p.shape.M() + place.first + first) * factors;
       const int count = min(16, place.count - first) * factors;
@@ -222,7 +223,7 @@ struct WindowStrip {
     }
 #pragma unroll 1
     for (int a = kH; a <= kW; ++a)
-      add_whole_table(p, a, rows, tiles.table, stage() + (a == kH ? 0 : keys_h), factors, dq);
+      add_whole_table(p, a, tiles.rows + afresh(first), tiles.table, stage() + p.shape.axis[a].factor, factors, dq);
   }
   __device__ __forceinline__ void end(float (&dq)[1][D / 8][4]) const {
     const Tile<T, D> table_rows{tiles.q.at(first, 0)};
@@ -240,7 +241,7 @@ struct WindowStrip {
   // columns[m * column_ld + j].
   __device__ __forceinline__ void sum_factors(float (&dq)[1][D / 8][4], float* lines, int of_line, int of_query,
                                               float* columns, int column_ld) const {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const int lane = static_cast<int>(afresh(threadIdx.x % 32)), g = lane / 4, t = lane % 4;
     const uint32_t diagonal = pair_of(g == 2 * t, g == 2 * t + 1);
     const OperandB<T> all{{pair_of(1.f, 1.f), pair_of(1.f, 1.f)}}, left{{diagonal, 0u}}, right{{0u, diagonal}};
     float dcolumn[2][4] = {};
@@ -296,10 +297,10 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
   };
   copy_table(WindowTiles<T, D>(shared, p.at_window).table, p.at_window.table_rows, p);
   strip(state.passes[0]).ask();
+  strip(state.passes[1]).prefetch();
   copy_window_keys(WindowTiles<T, D>(shared, p.at_window).k, p, state.passes[0], p.k);
   copy_window_keys(WindowTiles<T, D>(shared, p.at_window).v, p, state.passes[0], p.v);
   cp_async_commit();
-  strip(state.passes[1]).prefetch();
 
   AttentionBwdKeys<T, D, kWindowWarpLines, kPart> mine(p, warp * kWindowWarpLines * kWindowLine);
 #pragma unroll 1

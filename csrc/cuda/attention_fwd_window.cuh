@@ -41,14 +41,14 @@ struct AttentionFwdWindow {
   __device__ __forceinline__ U* at(int64_t offset) const {
     return reinterpret_cast<U*>(shared + afresh(offset));
   }
+  // Of a pass, whose number is that of the bytes before: a register less.
+  __device__ __forceinline__ const BlockPlace& place(int pass) const { return *at<const BlockPlace>(pass); }
   __device__ __forceinline__ Tile<T, D> q() const { return {at<T>(p.at_window.q)}; }
   __device__ __forceinline__ Tile<T, D> k() const { return {at<T>(p.at_window.k)}; }
   __device__ __forceinline__ Tile<T, D> v() const { return {at<T>(p.at_window.v)}; }
   __device__ __forceinline__ Tile<T, D> table() const { return {at<T>(p.at_window.table)}; }
   __device__ __forceinline__ Coordinates* rows() const { return reinterpret_cast<Coordinates*>(shared + At::rows); }
-  __device__ __forceinline__ float* stage() const {
-    return at<float>(p.at_window.stage) + first / 16 * p.at_window.staged;
-  }
+  __device__ __forceinline__ float* stage() const { return at<float>(p.at_window.stage) + first * p.at_window.staged; }
 
   // Starts copies of the strip.
   __device__ __forceinline__ void copy_queries(const BlockPlace& place) const {
@@ -140,7 +140,7 @@ struct AttentionFwdWindow {
   }
 
   // The strip of a pass, whose keys are there.
-  __device__ __forceinline__ void attend(const BlockPlace& place, const Bias& bias, FwdWindowLines lines,
+  __device__ __forceinline__ void attend(int pass, const Bias& bias, FwdWindowLines lines,
                                          const Queries& queries) const {
     const int keys_w = p.shape.axis[kW].keys, pair = keys_w * kPairLines, next = LINE_BLOCKS == 2 ? 8 : keys_w;
     float score[1][kBlocks][4], line[1][kBlocks][2];
@@ -159,7 +159,7 @@ struct AttentionFwdWindow {
       absorb(mine, queries, score, line, k, v, pair, next);
       pass(kBlocks / 2 * pair);
     }
-    mine.store(p, place, 0, static_cast<int>(afresh(first)), q(), [](int) { return 0.f; });
+    mine.store(p, place(pass), 0, static_cast<int>(afresh(first)), q(), [](int) { return 0.f; });
   }
 };
 
@@ -179,21 +179,19 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
   __syncthreads();
   copy_table(work.table(), p.at_window.table_rows, p);
   work.copy_queries(passes[0]);
-  prefetch_strip<T>(work.first, p, passes[1], p.q);
   const int tokens = static_cast<int>(p.shape.N());
   copy_tokens(work.k(), p.at_window.key_rows, p, passes[0], p.k, 0, tokens);
   copy_tokens(work.v(), p.at_window.key_rows, p, passes[0], p.v, 0, tokens);
   cp_async_commit();
   constexpr int kPlace = sizeof(BlockPlace);
 #pragma unroll 1
-  for (int pass = 0; pass < kFwdWindowPasses * kPlace; pass += kPlace) {  // in bytes: a register less
-    const BlockPlace& place = *reinterpret_cast<const BlockPlace*>(shared + pass);
+  for (int pass = 0; pass < kFwdWindowPasses * kPlace; pass += kPlace) {
     if (pass > 0) {
-      if (work.first >= place.count) break;
-      work.copy_queries(place);
+      if (work.first >= work.place(pass).count) break;
+      work.copy_queries(work.place(pass));
     }
     if (threadIdx.x % 32 < 16)
-      work.rows()[work.first + threadIdx.x % 32] = locate_query(p, place, work.first + threadIdx.x % 32);
+      work.rows()[work.first + threadIdx.x % 32] = locate_query(p, work.place(pass), work.first + threadIdx.x % 32);
     if (pass > 0) {
       cp_async_wait<0>();
       __syncwarp();
@@ -211,7 +209,7 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
     }
     // The next strip may overwrite this one: all is read before the results are put together, and where those lie in
     // the tile of q, the thread that copies there has stored them.
-    if (work.first < place.count) work.attend(place, bias, lines, queries);
+    if (work.first < work.place(pass).count) work.attend(pass, bias, lines, queries);
   }
 }
 

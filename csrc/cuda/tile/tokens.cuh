@@ -113,13 +113,13 @@ __device__ __forceinline__ void split_tile(const SplitTile<D>& to, int rows, con
 // Stores a warp's `rows` rows of a tile, as far as tokens exist, to out(row) (null: there is none), 16 bytes at a time.
 template <typename T, int D, typename F>
 __device__ __forceinline__ void store_rows(const Tile<T, D>& from, int first, int rows, int width, F&& out) {
-  const int lane = threadIdx.x % 32;
-  for (int row = lane / 2; row < rows; row += 16) {
+  const int part = static_cast<int>(afresh(threadIdx.x % 2));
+  for (int row = threadIdx.x % 32 / 2; row < rows; row += 16) {
     T* to = out(first + row);
     if (to == nullptr) continue;
 #pragma unroll
     for (int i = 0; i < Tile<T, D>::kChunks / 2; ++i) {
-      const int chunk = 2 * i + lane % 2, d = chunk * Tile<T, D>::kChunk;
+      const int chunk = 2 * i + part, d = chunk * Tile<T, D>::kChunk;
       if (d < width)
         *reinterpret_cast<uint4*>(to + d) = *reinterpret_cast<const uint4*>(from.chunk(first + row, chunk));
     }

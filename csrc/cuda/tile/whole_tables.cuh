@@ -54,18 +54,18 @@ __device__ __forceinline__ void add_whole_table(const AttentionParams& p, int a,
                                                 const Tile<T, D>& table, const float* gradients, int ld,
                                                 float (&dq)[1][D / 8][4]) {
   const Axis& axis = p.shape.axis[a];
-  const int lane = threadIdx.x % 32;
-  const int first[2] = {row_of_first_key(p, a, rows, lane / 4), row_of_first_key(p, a, rows, lane / 4 + 8)};
+  const int row = threadIdx.x % 32u / 4u, column = threadIdx.x % 4u * 2u;
+  const int first[2] = {row_of_first_key(p, a, rows, row), row_of_first_key(p, a, rows, row + 8)};
+  gradients += row * ld;
 #pragma unroll
   for (int step = 0; step < kWholeTable / 16; ++step) {
     float x[2][4];
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int half = i % 4 / 2;
-      const auto down = static_cast<unsigned>(first[half] - (step * 16 + i / 4 * 8 + lane % 4 * 2 + i % 2));
+      const auto down = static_cast<unsigned>(first[half] - column - (step * 16 + i / 4 * 8 + i % 2));
       const int key = static_cast<int>(__funnelshift_r(down, down, axis.k_shift));  // as find_keys does
-      const float* of_query = gradients + (lane / 4 + half * 8) * ld;
-      x[i / 4][i % 4] = is_between(key, 0, axis.keys) ? of_query[key] * p.inverse_scale : 0.f;
+      x[i / 4][i % 4] = is_between(key, 0, axis.keys) ? gradients[half * 8 * ld + key] * p.inverse_scale : 0.f;
     }
     add_rows(dq, x, table, axis.first_row + step * 16, p.shape.D);
   }
