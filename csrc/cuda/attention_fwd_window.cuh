@@ -145,19 +145,19 @@ struct AttentionFwdWindow {
     const int keys_w = p.shape.axis[kW].keys, pair = keys_w * kPairLines, next = LINE_BLOCKS == 2 ? 8 : keys_w;
     float score[1][kBlocks][4], line[1][kBlocks][2];
     Tile<T, D> k = this->k(), v = this->v();
-    const auto pass = [&](int rows) { k.data += rows * k.kLd, v.data += rows * v.kLd; };
+    const auto advance = [&](int rows) { k.data += rows * k.kLd, v.data += rows * v.kLd; };
     Softmax mine;
 #pragma unroll 1
     for (int left = p.shape.prefix; left > 0; left -= kBlocks * 8) {
       start_class_tokens(left, score[0], line[0]);
       absorb(mine, queries, score, line, k, v, 16, 8);
-      pass(min(left, kBlocks * 8));
+      advance(min(left, kBlocks * 8));
     }
 #pragma unroll 1
     for (int left = p.shape.outer_keys(); left > 0; left -= kBlocks / LINE_BLOCKS) {
       start_lines(bias, lines, left, score[0], line[0]);
       absorb(mine, queries, score, line, k, v, pair, next);
-      pass(kBlocks / 2 * pair);
+      advance(kBlocks / 2 * pair);
     }
     mine.store(p, place(pass), 0, static_cast<int>(afresh(first)), q(), [](int) { return 0.f; });
   }
