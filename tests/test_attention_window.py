@@ -30,6 +30,7 @@ WINDOWS = [
     Problem("video", (2, 3, 11), (3, 4, 11), 32),
     Problem("finer_lines_coarser_columns", (8, 6), (4, 12), 32),
     Problem("few_queries", (3, 5), (9, 15), 64),
+    Problem("finer_by_a_fraction", (7, 10), (5, 9), 16),
 ]
 FORWARD = [  # of what the backward takes no window
     same("line_of_8", 7, 8, 64),
@@ -38,7 +39,7 @@ FORWARD = [  # of what the backward takes no window
     Problem("class_token", (4, 5), (5, 14), 40, batch=2, prefix=1),
     Problem("class_tokens_fill_a_step", (3, 4), (3, 5), 16, prefix=37),
     Problem("mvitv2", (9, 15), (7, 7), 96, heads=1, prefix=1),
-    Problem("finer_queries_96", (14, 8), (7, 4), 96, heads=1),
+    Problem("mvitv2_stage2", (14, 8), (7, 4), 96, heads=1),
     same("mvitv2_stage3", 14, 14, 96, heads=1),
     Problem("many_queries", (20, 30), (3, 10), 8, heads=1),
     Problem("four_queries_per_key", (8, 36), (2, 9), 24, prefix=1),
@@ -124,8 +125,8 @@ def test_two_kernels_take_windows_too(
 
 
 @pytest.mark.parametrize("wanted", [[1], [2], [0, 1], [2, 3], [1, 4], [0, 2, 3, 4]])
-def test_only_the_gradients_that_are_asked_for(wanted: list[int], device: str, passes: list[int]):
-    problem = same("some", 4, 11, 16)
+@pytest.mark.parametrize("problem", [same("some", 4, 11, 16), Problem("fraction", (4, 6), (6, 9), 16)], ids=str)
+def test_only_the_gradients_that_are_asked_for(wanted: list[int], problem: Problem, device: str, passes: list[int]):
     inputs = draw_attention(problem, torch.bfloat16)
     every = run_attention(ours, problem, inputs, torch.bfloat16, device)[1:]
     leaves = inputs.leaves(torch.bfloat16, device)

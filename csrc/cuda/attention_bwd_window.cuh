@@ -143,9 +143,6 @@ struct WindowStrip {
     __syncwarp();  // the stage may be overwritten
     strip_lines<false, kBlocks>(p, tiles.rows, tiles.q, first, stage(),
                                 [&](int line, float x) { tiles.lines[line * p.block_rows + row] = x + offset; });
-    const int lines = p.shape.outer_keys();
-    for (int line = lines + part; line < round_up(lines, kWindowWarpLines); line += 2)  // do not exist
-      tiles.lines[line * p.block_rows + row] = offset;
     __syncwarp();  // grad may arrive
     copy(tiles.grad, p.grad);
   }
@@ -176,8 +173,7 @@ struct WindowStrip {
 #pragma unroll
     for (int i = 0; i < kMostWindowLines / 2; ++i) {
       const int line = 2 * i + part;
-      const float x = line < h.keys ? of_line[-(line << h.k_shift)] : 0.f;
-      if (line < round_up(h.keys, kWindowWarpLines)) tiles.lines[line * p.block_rows + row] = x + offset;
+      if (line < h.keys) tiles.lines[line * p.block_rows + row] = of_line[-(line << h.k_shift)] + offset;
     }
   }
 
