@@ -247,7 +247,8 @@ _TYPES = {"f": "float32", "6__half": "float16", "13__nv_bfloat16": "bfloat16"}
 def name_of(mangled: str) -> str:
     """Of a kernel of namespace relpos: name, types, numbers, mma for tensor cores: logits_fwd float32 float16 mma.
 
-    Of attention, head dimension, blocks of keys, line for one line per tile: attention_fwd float16 64 8 line.
+    Of attention, head dimension, blocks of keys, line for one line per tile: attention_fwd float16 64 8 line; of
+    windows, whole where all of the table is in shared memory.
     """
     found = re.match(r"_ZN6relpos\d+(\w+?)_kernel(?:I(.*?)(?:Lb(\d)E)?E)?E", mangled)
     if not found:
@@ -256,7 +257,7 @@ def name_of(mangled: str) -> str:
     for token in re.findall(r"f|6__half|13__nv_bfloat16|S\d*_|Li\d+", found[2] or ""):
         again = token.startswith("S")  # S1_: the same type again
         words.append(words[-1] if again else _TYPES.get(token, token.removeprefix("Li")))
-    flag = "line" if found[1].startswith("attention") else "mma"
+    flag = "whole" if found[1].endswith("window") else "line" if found[1].startswith("attention") else "mma"
     return " ".join((*words, flag) if found[3] == "1" else words)
 
 

@@ -121,7 +121,7 @@ def library(archs: tuple[str, ...] = ARCHS, head_dims: dict[str, tuple[int, ...]
 
 def forward_source(arch: str) -> str:
     """Some kernels of the forward, for D 80 and 64."""
-    kernels = ["fwd_window_kernel<__nv_bfloat16, 80, 2>(const AttentionFwdParams)"]
+    kernels = ["fwd_window_kernel<__nv_bfloat16, 80, 2, true>(const AttentionFwdParams)"]
     ways = {"fwd": "const AttentionFwdParams", "fwd_sm90": "const __grid_constant__ AttentionFwdSm90Params"}
     for name, params in ways.items() if arch == "90a" else [*ways.items()][:1]:
         kernels += [f"{name}_kernel<__nv_bfloat16, {tile}>({params})" for tile in ("80, 8, true", "64, 8, false")]

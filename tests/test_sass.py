@@ -39,6 +39,7 @@ TILES = {
     if t != "float32"
     for d in dims
 }
+WINDOW_TABLES = {"fwd_window": (" 1", " 1 whole", " 2", " 2 whole"), "bwd_window": ("", " whole")}
 TILES |= {("float32", d): ("4" if d <= 64 else "2",) for d in sass.HEAD_DIMS["float32"] if d != 112}
 KERNELS |= {
     *(
@@ -48,8 +49,13 @@ KERNELS |= {
         for k in tiles
     ),
     *(f"attention_bwd_keys {t} {d}" for t, d in TILES),
-    *(f"attention_fwd_window {t} {d} {b}" for t, d in TILES if t != "float32" and d <= 96 for b in (1, 2)),
-    *(f"attention_bwd_window {t} {d}" for t, d in TILES if t != "float32" and d <= 80),
+    *(
+        f"attention_{name} {t} {d}{tables}"
+        for t, d in TILES
+        if t != "float32"
+        for name in (["fwd_window"] if d <= 96 else []) + (["bwd_window"] if d <= 80 else [])
+        for tables in WINDOW_TABLES[name]
+    ),
 }
 OF_ARCH = dict.fromkeys(sass.ARCHS, KERNELS)
 OF_ARCH["90a"] = KERNELS | {
@@ -129,7 +135,7 @@ def test_other_architectures():
     usage = sass.usage_of(log)
     assert len(usage) == log.count("Compiling entry function") > 0
     assert {u.arch for u in usage} == set(sass.OTHER_ARCHS)
-    few_words = "attention_bwd_window_kernelI\\w+Li80E"  # of sm_100 and 120, outside of its loops over keys
+    few_words = "attention_(bwd|fwd)_window_kernelI\\w+Li80E"  # of sm_100 and 120, outside of the loops over keys
     local = [u for u in usage if u.local_bytes > (40 if re.search(few_words, u.mangled) else 0)]
     assert [f"{u.mangled} on sm_{u.arch}: {u.memory}" for u in local] == []
     assert sass.complaints(log) == []
@@ -199,7 +205,7 @@ def test_an_sm_has_room_for_two_windows_forward(built: Built, planner, head_dim:
     p = planner.plan_attention("forward_window", "bfloat16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
     assert (p.refusal, p.threads, p.grid) == ("", 7 * 32, 1)
     assert (
-        sass.blocks_per_sm(arch, p.threads, registers[f"attention_fwd_window bfloat16 {head_dim} 2"], p.shared_bytes)
+        sass.blocks_per_sm(arch, p.threads, registers[f"attention_fwd_window bfloat16 {head_dim} 2 whole"], p.shared_bytes)
         >= 2
     )
 
@@ -215,7 +221,7 @@ def test_an_sm_has_room_for_a_window(built: Built, planner, head_dim: int, arch:
         "backward_window", "bfloat16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1
     )
     assert (p.refusal, p.threads) == ("", 7 * 32)
-    name = f"attention_bwd_window bfloat16 {head_dim}"
+    name = f"attention_bwd_window bfloat16 {head_dim}" + (" whole" if arch == "90a" else "")
     assert sass.blocks_per_sm(arch, p.threads, registers[name], p.shared_bytes) >= 1
 
 

@@ -26,8 +26,9 @@ template <typename T>
 void launch_attention_bwd_window(const Launcher& device, const AttentionPlan& plan, const AttentionBwdParams& p) {
   dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
     if constexpr (sizeof(T) == 2 && d() <= kMostWindowD)
-      device.launch(attention_bwd_window_kernel<T, d()>, dim3(static_cast<unsigned>(plan.grid)), plan.threads,
-                    plan.shared_bytes, p);
+      device.launch(
+          plan.whole_tables ? attention_bwd_window_kernel<T, d(), true> : attention_bwd_window_kernel<T, d(), false>,
+          dim3(static_cast<unsigned>(plan.grid)), plan.threads, plan.shared_bytes, p);
   });
 }
 

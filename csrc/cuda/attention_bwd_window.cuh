@@ -102,8 +102,8 @@ __device__ __forceinline__ void copy_window_keys(const Tile<T, D>& to, const Att
   });
 }
 
-// A warp's strip of 16 queries.
-template <typename T, int D>
+// A warp's strip of 16 queries. WHOLE: the table is in shared memory.
+template <typename T, int D, bool WHOLE>
 struct WindowStrip {
   static constexpr int kStageLd = kWindowLine + kInnerPad, kBlocks = D <= 64 ? 4 : 2;  // dk and dv leave no more
   const AttentionBwdParams& p;
@@ -111,7 +111,6 @@ struct WindowStrip {
   const WindowTiles<T, D> tiles;
   int first;  // of the queries of the pass
 
-  __device__ __forceinline__ bool has_whole_tables() const { return p.at_window.table_rows > 0; }
   __device__ __forceinline__ float* stage() const { return tiles.stages + first * p.at_window.staged; }
 
   __device__ __forceinline__ void copy(const Tile<T, D>& to, const InRows& from) const {
@@ -122,7 +121,7 @@ struct WindowStrip {
   // Starts copies of q, and of grad unless its place is the stage.
   __device__ __forceinline__ void ask() const {
     copy(tiles.q, p.q);
-    if (has_whole_tables()) copy(tiles.grad, p.grad);
+    if constexpr (WHOLE) copy(tiles.grad, p.grad);
   }
   __device__ __forceinline__ void prefetch() const {
     prefetch_strip<T>(first, p, place, p.q);
@@ -138,7 +137,13 @@ struct WindowStrip {
     if (lane % 2 == 0) tiles.statistics[first + lane / 2] = delta;
     arrived();
     const float lse = row < place.count ? p.lse[place.group * p.shape.M() + place.first + row] : INFINITY;
-    if (has_whole_tables()) return fill_whole(row, part, lse);
+    if constexpr (WHOLE)
+      fill_whole(row, part, lse);
+    else
+      fill_any(row, part, lse);
+  }
+
+  __device__ __forceinline__ void fill_any(int row, int part, float lse) const {
     const float offset = (fill_columns(row, part) - lse) * kLog2e;
     __syncwarp();  // the stage may be overwritten
     strip_lines<false, kBlocks>(p, tiles.rows, tiles.q, first, stage(),
@@ -198,7 +203,7 @@ struct WindowStrip {
   // dq and the factor gradients, from ds. The strip's rows of q and grad are free again.
   __device__ __forceinline__ void take() const {
     float dq[1][D / 8][4] = {};
-    if (has_whole_tables()) {  // factor gradients of a query lie in the stage as in memory
+    if constexpr (WHOLE) {  // factor gradients of a query lie in the stage as in memory
       const int factors = p.shape.factors();
       sum_factors(dq, stage(), 1, factors, stage() + p.shape.axis[kH].keys, factors);
       end_whole(dq, factors);
@@ -280,7 +285,7 @@ struct WindowStrip {
   }
 };
 
-template <typename T, int D>
+template <typename T, int D, bool WHOLE>
 __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window_kernel(const AttentionBwdParams p) {
   constexpr int kPart = 2;
   RELPOS_DYNAMIC_SHARED(shared);
@@ -289,9 +294,9 @@ __global__ void __launch_bounds__(kMostAttentionThreads, 1) attention_bwd_window
   __syncthreads();
   const int warp = threadIdx.x / 32;
   const auto strip = [&](const BlockPlace& pass) {
-    return WindowStrip<T, D>{p, pass, {shared, p.at_window}, static_cast<int>(afresh(warp * 16))};
+    return WindowStrip<T, D, WHOLE>{p, pass, {shared, p.at_window}, static_cast<int>(afresh(warp * 16))};
   };
-  copy_table(WindowTiles<T, D>(shared, p.at_window).table, p.at_window.table_rows, p);
+  if constexpr (WHOLE) copy_table(WindowTiles<T, D>(shared, p.at_window).table, p.at_window.table_rows, p);
   strip(state.passes[0]).ask();
   strip(state.passes[1]).prefetch();
   copy_window_keys(WindowTiles<T, D>(shared, p.at_window).k, p, state.passes[0], p.k);

@@ -13,13 +13,20 @@ void launch_attention_fwd(const Launcher& device, const AttentionPlan& plan, con
   });
 }
 
+template <typename T, int D, bool WHOLE>
+constexpr auto fwd_window_kernel(bool short_lines) {
+  return short_lines ? attention_fwd_window_kernel<T, D, 1, WHOLE> : attention_fwd_window_kernel<T, D, 2, WHOLE>;
+}
+
 template <typename T>
 void launch_attention_fwd_window(const Launcher& device, const AttentionPlan& plan, const AttentionFwdParams& p) {
   dispatch_head_dim<T>(plan.head_dim, [&](auto d) {
-    if constexpr (sizeof(T) == 2 && d() <= kMostFwdWindowD)
-      device.launch(
-          plan.keys.columns == 8 ? attention_fwd_window_kernel<T, d(), 1> : attention_fwd_window_kernel<T, d(), 2>,
-          dim3(static_cast<unsigned>(plan.grid)), plan.threads, plan.shared_bytes, p);
+    if constexpr (sizeof(T) == 2 && d() <= kMostFwdWindowD) {
+      const bool short_lines = plan.keys.columns == 8;
+      device.launch(plan.whole_tables ? fwd_window_kernel<T, d(), true>(short_lines)
+                                      : fwd_window_kernel<T, d(), false>(short_lines),
+                    dim3(static_cast<unsigned>(plan.grid)), plan.threads, plan.shared_bytes, p);
+    }
   });
 }
 

@@ -24,14 +24,15 @@ struct FwdWindowLines {
   int next[2];  // of the next line
 };
 
-template <typename T, int D, int LINE_BLOCKS>
+// WHOLE: the table is in shared memory.
+template <typename T, int D, int LINE_BLOCKS, bool WHOLE>
 struct AttentionFwdWindow {
   static constexpr int kBlocks = kWindowBlocks, kPairLines = 2 / LINE_BLOCKS;  // of 8 keys per step; lines of two
   using Pair = float (&)[1][2][4];
   using Bias = StripBias<T, LINE_BLOCKS, false>;
   using Softmax = OnlineSoftmax<T, D, 1, kBlocks, false>;
   using At = AttentionFwdWindowShared;
-  using Queries = StripRows<Tile<T, D>, D <= kMostHeldD>;  // as many as there are registers for
+  using Queries = StripRows<Tile<T, D>, D <= (WHOLE ? kMostHeldD : 64)>;  // as many as there are registers for
   const AttentionFwdParams& p;
   unsigned char* shared;
   int first;  // of the queries of a pass: the warp's own
@@ -58,17 +59,22 @@ struct AttentionFwdWindow {
 
   // The strip's factors: of columns to `bias`, of lines to the stage.
   __device__ __forceinline__ FwdWindowLines find_factors(Bias& bias, Queries& queries) const {
-    if (p.at_window.table_rows > 0) return find_whole_factors(bias, queries);
+    if constexpr (WHOLE)
+      return find_whole_factors(bias, queries);
+    else
+      return find_any_factors(bias, queries);
+  }
+  __device__ __forceinline__ FwdWindowLines find_any_factors(Bias& bias, Queries& queries) const {
     constexpr float kNothing[2] = {};
     const int row = threadIdx.x % 16;
     const Axis &t = p.shape.axis[kT], &h = p.shape.axis[kH];
     bias.fill_columns(p, span_of(p, 0), rows(), q(), kNothing, kNothing, stage());
     float* lines = stage() + (t.rows ? t.keys + h.keys : 0) * 16;  // else where the factors of that axis are
-    strip_lines<false, kTableBlocks<Tile<T, D>>>(p, rows(), q(), static_cast<int>(afresh(first)), stage(),
-                                                 [&](int line, float x) { lines[line * 16 + row] = x; });
+    strip_lines<false, 2>(p, rows(), q(), static_cast<int>(afresh(first)), stage(),
+                          [&](int line, float x) { lines[line * 16 + row] = x; });
     __syncwarp();
     queries.hold(q());
-    const int of_row = place_of(lines + threadIdx.x % 32 / 4);
+    const int of_row = place_of(lines) + static_cast<int>(threadIdx.x % 32 / 4);
     return {{of_row, of_row + 8}};
   }
   __device__ __forceinline__ FwdWindowLines find_whole_factors(Bias& bias, Queries& queries) const {
@@ -163,9 +169,9 @@ struct AttentionFwdWindow {
   }
 };
 
-template <typename T, int D, int LINE_BLOCKS>
+template <typename T, int D, int LINE_BLOCKS, bool WHOLE>
 __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window_kernel(const AttentionFwdParams p) {
-  using Work = AttentionFwdWindow<T, D, LINE_BLOCKS>;
+  using Work = AttentionFwdWindow<T, D, LINE_BLOCKS, WHOLE>;
   RELPOS_DYNAMIC_SHARED(shared);
   const Work work{p, shared, static_cast<int>(threadIdx.x) / 32 * 16};
   BlockPlace* passes = reinterpret_cast<BlockPlace*>(shared);
@@ -177,7 +183,7 @@ __global__ void __launch_bounds__(kMostFwdWindowThreads, 1) attention_fwd_window
     pass.count = min(p.at_window.pass_rows, pass.count - before);
   }
   __syncthreads();
-  copy_table(work.table(), p.at_window.table_rows, p);
+  if constexpr (WHOLE) copy_table(work.table(), p.at_window.table_rows, p);
   work.copy_queries(passes[0]);
   const int tokens = static_cast<int>(p.shape.N());
   copy_tokens(work.k(), p.at_window.key_rows, p, passes[0], p.k, 0, tokens);
