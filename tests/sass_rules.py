@@ -22,7 +22,8 @@ def faults_of_memory(k: Kernel) -> Iterator[str]:
 def faults_of_widths(k: Kernel) -> Iterator[str]:
     if found := [opcode for opcode in k.roots("LDG", "STG") if ".U8" in opcode]:
         yield f"accesses to global memory by bytes: {len(found)}"
-    rows = [i for i in k.code if re.fullmatch(r"LDG\..*\.128", i.opcode) and not i.streams_in]
+    of_rows = "LDGSTS" if str(k).endswith("whole") else "LDG"  # the former to shared memory
+    rows = [i for i in k.code if re.fullmatch(rf"{of_rows}\..*\.128", i.opcode) and not i.streams_in]
     if k.finds_factors and len(rows) < 4:
         yield f"table rows by 16 bytes: {len(rows)}"
 

@@ -204,10 +204,8 @@ def test_an_sm_has_room_for_two_windows_forward(built: Built, planner, head_dim:
     window = (14, 14)
     p = planner.plan_attention("forward_window", "bfloat16", 1, window, window, head_dim, 0, int(arch.rstrip("a")), 0.1)
     assert (p.refusal, p.threads, p.grid) == ("", 7 * 32, 1)
-    assert (
-        sass.blocks_per_sm(arch, p.threads, registers[f"attention_fwd_window bfloat16 {head_dim} 2 whole"], p.shared_bytes)
-        >= 2
-    )
+    of_thread = registers[f"attention_fwd_window bfloat16 {head_dim} 2 whole"]
+    assert sass.blocks_per_sm(arch, p.threads, of_thread, p.shared_bytes) >= 2
 
 
 @needs_tools
