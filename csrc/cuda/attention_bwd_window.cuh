@@ -10,7 +10,8 @@
 //
 //   grid     (groups), a block each: as many warps as its pairs of lines. A line is padded to 16 slots.
 //   thread   keys: as attention_bwd_keys.cuh; queries: as attention_bwd_queries.cuh.
-//   shared   k and v; q, grad, factors and ds of a pass. Line gradients take the place of the line factors.
+//   shared   k and v, and the table where it is small and there is room; q, grad, factors and ds of a pass. Line
+//            gradients take the place of the line factors.
 //   barriers two per pass: all strips are there; ds is complete. In the first, one more: the table is there.
 //
 // ds is rounded to half precision on its way through shared memory, as an operand of products always is. Its sums over

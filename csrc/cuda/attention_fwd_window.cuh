@@ -10,9 +10,10 @@
 //   grid     (groups * ceil(M / block_rows)). A warp has a strip per pass; the factors of the first are found while
 //            keys are on their way.
 //   thread   as in attention_fwd.cuh.
-//   shared   q, coordinates and factors of a pass, each warp its own; k and v as they lie in memory, and zeros behind:
-//            slots past the end of a line are the first keys of the next, and do not count.
-//   barriers two: where the block works is known; k and v have arrived.
+//   shared   q, coordinates and factors of a pass, each warp its own; the table (tile/whole_tables.cuh) where it is
+//            small; k and v as they lie in memory, and zeros behind: slots past the end of a line are the first keys of
+//            the next, and do not count.
+//   barriers three: where the block works is known; the table has arrived, and so have k and v.
 #pragma once
 #include "tile/softmax.cuh"
 #include "tile/whole_tables.cuh"
