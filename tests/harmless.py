@@ -31,8 +31,6 @@ HARMLESS = {  # file: original -> slip | part of the line, if the same slip is a
     "attention_bwd_window.cuh: threadIdx.x == 0 -> true": SAME,
     "attention_bwd_window.cuh: warp -> warp + 1": MOVED,
     "attention_bwd_window.cuh: done * p.block_rows < p.shape.M() -> done * p.block_rows <= p.shape.M()": ONE_MORE_ROUND,
-    "attention_bwd_window.cuh: has_whole_tables() -> true | copy(tiles.grad": SLOWER,
-    "attention_bwd_window.cuh: has_whole_tables() -> false": SLOWER,
     "attention_bwd_window.cuh: p.dq.data == nullptr -> false": DROPPED,
     "attention_bwd_window.cuh: done > 0 -> true | ask()": SLOWER,
     "attention_fwd_window.cuh: threadIdx.x < kFwdWindowPasses -> true": OVERWRITTEN,
