@@ -129,14 +129,14 @@ struct WindowStrip {
     prefetch_strip<T>(first, p, place, p.grad);
     prefetch_strip<T>(first, p, place, p.out);
   }
-  // Coordinates, factors and delta; and grad, if it is to come yet. arrived(): q is there.
+  // Coordinates, factors and delta; and grad, if it is to come yet.
   template <typename F>
-  __device__ __forceinline__ void fill(F&& arrived) const {
+  __device__ __forceinline__ void fill(F&& until_q_is_there) const {
     const int lane = threadIdx.x % 32, row = first + lane % 16, part = lane / 16;
     if (lane < 16) tiles.rows[row] = locate_query(p, place, row);
     const float delta = find_delta<T, D, D <= 64 ? 4 : 2>(p, place, first);
     if (lane % 2 == 0) tiles.statistics[first + lane / 2] = delta;
-    arrived();
+    until_q_is_there();
     const float lse = row < place.count ? p.lse[place.group * p.shape.M() + place.first + row] : INFINITY;
     if constexpr (WHOLE)
       fill_whole(row, part, lse);
@@ -168,7 +168,8 @@ struct WindowStrip {
       x[i] = key < w.keys ? of_key[-(key << w.k_shift)] : -INFINITY;
       largest = fmaxf(largest, x[i]);
     }
-    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 16));  // all are read: they may be overwritten
+    largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 16));
+    __syncwarp();  // all are read: they may be overwritten
 #pragma unroll
     for (int i = 0; i < kCount; i += 2)
       set_pair(tiles.columns + row * kWindowColumnLd + part * kCount + i, (x[i] - largest) * p.inverse_scale,

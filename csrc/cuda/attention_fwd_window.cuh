@@ -166,6 +166,7 @@ struct AttentionFwdWindow {
       absorb(mine, queries, score, line, k, v, pair, next);
       advance(kBlocks / 2 * pair);
     }
+    __syncwarp();  // line factors are where results come now
     mine.store(p, place(pass), 0, static_cast<int>(afresh(first)), q(), [](int) { return 0.f; });
   }
 };
