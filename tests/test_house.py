@@ -1,8 +1,9 @@
-"""The rules of CONTRIBUTING.md that can be counted: how long files and functions may be."""
+"""The rules of CONTRIBUTING.md that can be counted, how long files and functions may be; and a trap of nvcc."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,3 +42,10 @@ def test_length_of_files():
 def test_length_of_functions():
     found = [(path.name, *function) for path in sources() if path.suffix == ".py" for function in functions(path)]
     assert [function for function in found if function[-1] > FUNCTION] == []
+
+
+def test_pragmas_of_what_is_discarded_stand_in_braces():
+    """nvcc 13.0 silently drops the next loop, too, after `if constexpr (false)` and a pragma; g++ does not."""
+    unbraced = re.compile(r"if constexpr \([^{;]*\)\n *#pragma")
+    found = [path.name for path in sources() if is_of_kernels(path) and unbraced.search(path.read_text())]
+    assert found == []

@@ -25,7 +25,7 @@ struct FwdWindowLines {
   int next[2];  // of the next line
 };
 
-// WHOLE: the table is in shared memory.
+// WHOLE: the table is in shared memory, and there are no class tokens.
 template <typename T, int D, int LINE_BLOCKS, bool WHOLE>
 struct AttentionFwdWindow {
   static constexpr int kBlocks = kWindowBlocks, kPairLines = 2 / LINE_BLOCKS;  // of 8 keys per step; lines of two
@@ -154,11 +154,13 @@ struct AttentionFwdWindow {
     Tile<T, D> k = this->k(), v = this->v();
     const auto advance = [&](int rows) { k.data += rows * k.kLd, v.data += rows * v.kLd; };
     Softmax mine;
+    if constexpr (!WHOLE) {
 #pragma unroll 1
-    for (int left = p.shape.prefix; left > 0; left -= kBlocks * 8) {
-      start_class_tokens(left, score[0], line[0]);
-      absorb(mine, queries, score, line, k, v, 16, 8);
-      advance(min(left, kBlocks * 8));
+      for (int left = p.shape.prefix; left > 0; left -= kBlocks * 8) {
+        start_class_tokens(left, score[0], line[0]);
+        absorb(mine, queries, score, line, k, v, 16, 8);
+        advance(min(left, kBlocks * 8));
+      }
     }
 #pragma unroll 1
     for (int left = p.shape.outer_keys(); left > 0; left -= kBlocks / LINE_BLOCKS) {

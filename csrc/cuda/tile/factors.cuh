@@ -75,9 +75,10 @@ __device__ __forceinline__ void strip_factors(const AttentionParams& p, int a, c
   constexpr int kAtOnce = sizeof(T) == 2 ? D / 16 : 1;  // steps: in half precision all, and those of the queries stay
   const int row = threadIdx.x % 32 / 4;
   OperandA<T> queries[kAtOnce];
-  if constexpr (sizeof(T) == 2)
+  if constexpr (sizeof(T) == 2) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) queries[i].template load_spread<kAtOnce>(q, first, 0, i);
+  }
   const UsedRows used(p, a, keys, rows + first);
   for (int i0 = 0; i0 <= used.last; i0 += 8 * BLOCKS) {
     int key[BLOCKS * 4];
